@@ -1,0 +1,68 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Criterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CRITERION_UNSPECIFIED: _ClassVar[Criterion]
+    CRITERION_L1: _ClassVar[Criterion]
+    CRITERION_L2: _ClassVar[Criterion]
+    CRITERION_RANDOM: _ClassVar[Criterion]
+    CRITERION_BN_SCALE: _ClassVar[Criterion]
+    CRITERION_ACTIVATION: _ClassVar[Criterion]
+
+class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRANULARITY_UNSPECIFIED: _ClassVar[Granularity]
+    GRANULARITY_CHANNEL: _ClassVar[Granularity]
+    GRANULARITY_HEAD: _ClassVar[Granularity]
+
+class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SCOPE_UNSPECIFIED: _ClassVar[Scope]
+    SCOPE_LOCAL: _ClassVar[Scope]
+    SCOPE_GLOBAL: _ClassVar[Scope]
+CRITERION_UNSPECIFIED: Criterion
+CRITERION_L1: Criterion
+CRITERION_L2: Criterion
+CRITERION_RANDOM: Criterion
+CRITERION_BN_SCALE: Criterion
+CRITERION_ACTIVATION: Criterion
+GRANULARITY_UNSPECIFIED: Granularity
+GRANULARITY_CHANNEL: Granularity
+GRANULARITY_HEAD: Granularity
+SCOPE_UNSPECIFIED: Scope
+SCOPE_LOCAL: Scope
+SCOPE_GLOBAL: Scope
+
+class Recipe(_message.Message):
+    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed")
+    class TargetEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    CRITERION_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TO_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    target: _containers.ScalarMap[str, float]
+    criterion: Criterion
+    granularity: _containers.RepeatedScalarFieldContainer[Granularity]
+    scope: Scope
+    ignore: _containers.RepeatedScalarFieldContainer[str]
+    round_to: int
+    repair: bool
+    seed: int
+    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...

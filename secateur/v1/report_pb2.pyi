@@ -1,0 +1,166 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_UNSPECIFIED: _ClassVar[Stage]
+    STAGE_LOAD: _ClassVar[Stage]
+    STAGE_COUPLING: _ClassVar[Stage]
+    STAGE_CRITERIA: _ClassVar[Stage]
+    STAGE_PLANNING: _ClassVar[Stage]
+    STAGE_SURGERY: _ClassVar[Stage]
+    STAGE_VERIFY: _ClassVar[Stage]
+    STAGE_PROFILE: _ClassVar[Stage]
+STAGE_UNSPECIFIED: Stage
+STAGE_LOAD: Stage
+STAGE_COUPLING: Stage
+STAGE_CRITERIA: Stage
+STAGE_PLANNING: Stage
+STAGE_SURGERY: Stage
+STAGE_VERIFY: Stage
+STAGE_PROFILE: Stage
+
+class Progress(_message.Message):
+    __slots__ = ("stage", "fraction", "message")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    stage: Stage
+    fraction: float
+    message: str
+    def __init__(self, stage: _Optional[_Union[Stage, str]] = ..., fraction: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Latency(_message.Message):
+    __slots__ = ("p50_ms", "p95_ms", "runs")
+    P50_MS_FIELD_NUMBER: _ClassVar[int]
+    P95_MS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    p50_ms: float
+    p95_ms: float
+    runs: int
+    def __init__(self, p50_ms: _Optional[float] = ..., p95_ms: _Optional[float] = ..., runs: _Optional[int] = ...) -> None: ...
+
+class Cost(_message.Message):
+    __slots__ = ("macs", "params", "bytes", "latency", "peak_memory_bytes")
+    MACS_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    macs: int
+    params: int
+    bytes: int
+    latency: Latency
+    peak_memory_bytes: int
+    def __init__(self, macs: _Optional[int] = ..., params: _Optional[int] = ..., bytes: _Optional[int] = ..., latency: _Optional[_Union[Latency, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+
+class Drift(_message.Message):
+    __slots__ = ("output", "relative_error", "cosine", "top1_agreement")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    COSINE_FIELD_NUMBER: _ClassVar[int]
+    TOP1_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    output: str
+    relative_error: float
+    cosine: float
+    top1_agreement: float
+    def __init__(self, output: _Optional[str] = ..., relative_error: _Optional[float] = ..., cosine: _Optional[float] = ..., top1_agreement: _Optional[float] = ...) -> None: ...
+
+class Verification(_message.Message):
+    __slots__ = ("samples", "from_calibration", "batch_sizes", "drift")
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    FROM_CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    samples: int
+    from_calibration: bool
+    batch_sizes: _containers.RepeatedScalarFieldContainer[int]
+    drift: _containers.RepeatedCompositeFieldContainer[Drift]
+    def __init__(self, samples: _Optional[int] = ..., from_calibration: _Optional[bool] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("id", "kind", "units", "kept", "channels_per_unit", "tensors", "frozen", "normalised_by")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_PER_UNIT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    NORMALISED_BY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    kind: str
+    units: int
+    kept: int
+    channels_per_unit: int
+    tensors: _containers.RepeatedScalarFieldContainer[str]
+    frozen: str
+    normalised_by: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., units: _Optional[int] = ..., kept: _Optional[int] = ..., channels_per_unit: _Optional[int] = ..., tensors: _Optional[_Iterable[str]] = ..., frozen: _Optional[str] = ..., normalised_by: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Frozen(_message.Message):
+    __slots__ = ("code", "node", "op_type", "detail", "channels")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    OP_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    node: str
+    op_type: str
+    detail: str
+    channels: int
+    def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
+
+class Report(_message.Message):
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATION_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    before: Cost
+    after: Cost
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    frozen: _containers.RepeatedCompositeFieldContainer[Frozen]
+    verification: Verification
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    seconds: _containers.ScalarMap[str, float]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Inspection(_message.Message):
+    __slots__ = ("groups", "frozen", "cost")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    frozen: _containers.RepeatedCompositeFieldContainer[Frozen]
+    cost: Cost
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("model", "against", "latency_ratio", "drift")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    AGAINST_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_RATIO_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    model: Cost
+    against: Cost
+    latency_ratio: float
+    drift: _containers.RepeatedCompositeFieldContainer[Drift]
+    def __init__(self, model: _Optional[_Union[Cost, _Mapping]] = ..., against: _Optional[_Union[Cost, _Mapping]] = ..., latency_ratio: _Optional[float] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
