@@ -1,0 +1,246 @@
+"""The calls of both clients, written once.
+
+`Calls` says what is sent and in which order, and knows nothing of how: a `Transport` does that.
+The asyncio client's transport awaits; the sync client's never suspends, so that `run` can drive the
+same coroutines to their end without an event loop (grpcio's sync stack also moves bytes faster).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
+
+import grpc
+import pydantic
+from grpc_health.v1 import health_pb2
+
+from secateur import _wire
+from secateur._inputs import Source, calibration_sources, model_source
+from secateur.errors import ServerError
+from secateur.plan import Plan
+from secateur.recipe import Recipe
+from secateur.report import Inspection, Profile, Progress, ProgressCallback, Report
+from secateur.result import Result
+from secateur.v1 import bytestream_pb2, pruning_pb2
+
+_T = TypeVar("_T")
+
+UPLOAD_ATTEMPTS = 4  # each goes on where the one before broke off
+FIRST_PAUSE = 0.2  # seconds before the second attempt; doubles
+
+
+class Transport(Protocol):
+    """How messages reach the server. `timeout` is in seconds; None waits without limit."""
+
+    target: str
+
+    async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
+        """One message there, one back. Raises grpc.RpcError, as all methods here."""
+
+    def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
+        """One message there, many back. Closing the iterator cancels the call."""
+
+    async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
+        """ByteStream.Write: many messages there, one back."""
+
+    async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
+        """Runs what would block an event loop."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Waits."""
+
+
+def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
+    """The result of a coroutine that never suspends."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise AssertionError("a sync transport must not suspend")
+
+
+class Calls:
+    """The calls, over one transport.
+
+    Args:
+        transport: how messages travel.
+        timeout: of a call, in seconds, unless the call says otherwise; None: no limit.
+    """
+
+    def __init__(self, transport: Transport, timeout: float | None) -> None:
+        self._transport = transport
+        self._timeout = timeout
+
+    async def prune(
+        self,
+        model: Any,
+        recipe: Recipe | None,
+        calibration: Any,
+        plan: Plan | None,
+        progress: ProgressCallback | None,
+        timeout: float | None,
+    ) -> Result:
+        """See `Client.prune`."""
+        with self._errors():
+            left = self._deadline(timeout)
+            request = pruning_pb2.PruneRequest(model=await self._send_model(model, left))
+            if recipe is not None:
+                request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
+            if calibration is not None:
+                request.calibration.SetInParent()  # an empty folder is not the same as none
+                parts = await self._transport.blocking(calibration_sources, calibration)
+                for name, source in parts:
+                    content = await self._send(source, left)
+                    request.calibration.parts.add(name=name, content=content)
+            if plan is not None:
+                text = Source(plan.to_json().encode())
+                request.plan.CopyFrom(await self._send(text, left))
+            result = await self._events(request, progress, left)
+            return Result(
+                model=await self._receive(result.model, left),
+                plan=Plan.from_json(await self._receive(result.plan, left)),
+                report=_wire.from_wire(result.report, Report),
+            )
+
+    async def inspect(self, model: Any, recipe: Recipe | None, timeout: float | None) -> Inspection:
+        """See `Client.inspect`."""
+        with self._errors():
+            left = self._deadline(timeout)
+            request = pruning_pb2.InspectRequest(model=await self._send_model(model, left))
+            if recipe is not None:
+                request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
+            response = await self._transport.unary("Inspect", request, left())
+            return _wire.from_wire(response.inspection, Inspection)
+
+    async def profile(self, model: Any, against: Any, timeout: float | None) -> Profile:
+        """See `Client.profile`."""
+        with self._errors():
+            left = self._deadline(timeout)
+            request = pruning_pb2.ProfileRequest(model=await self._send_model(model, left))
+            if against is not None:
+                request.against.CopyFrom(await self._send_model(against, left))
+            response = await self._transport.unary("Profile", request, left())
+            return _wire.from_wire(response.profile, Profile)
+
+    async def health(self, timeout: float | None) -> bool:
+        """See `Client.health`."""
+        with self._errors():
+            left = self._deadline(timeout)
+            request = health_pb2.HealthCheckRequest()
+            response = await self._transport.unary("Check", request, left())
+            return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def _events(
+        self, request: Any, progress: ProgressCallback | None, left: Callable[[], float | None]
+    ) -> Any:
+        """The result in the stream of events; progress goes to the callback on the way."""
+        result = None
+        events = self._transport.stream("Prune", request, left())
+        async with contextlib.aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                if event.HasField("result"):
+                    result = event.result
+                elif progress is not None:
+                    # a stage that only a newer server knows is no reason to fail
+                    with contextlib.suppress(pydantic.ValidationError):
+                        step = _wire.from_wire(event.progress, Progress)
+                        progress(step)
+        if result is None:
+            raise ServerError(f"{self._transport.target}: the stream ended without a result")
+        return result
+
+    # ---- payloads ----
+
+    async def _send_model(self, model: Any, left: Callable[[], float | None]) -> Any:
+        return await self._send(await self._transport.blocking(model_source, model), left)
+
+    async def _send(self, source: Source, left: Callable[[], float | None]) -> Any:
+        if source.size <= _wire.INLINE_LIMIT:
+            return pruning_pb2.Payload(inline=await self._transport.blocking(source.read))
+        digest = await self._transport.blocking(source.sha256)
+        await self._upload(source, digest, left)
+        blob = pruning_pb2.Blob(sha256=digest, size_bytes=source.size)
+        return pruning_pb2.Payload(blob=blob)
+
+    async def _upload(self, source: Source, digest: str, left: Callable[[], float | None]) -> None:
+        name = _wire.upload_name(str(uuid.uuid4()), digest, source.size)
+        for attempt in range(UPLOAD_ATTEMPTS):
+            try:
+                offset = await self._committed(name, left)
+                if offset is None:
+                    return
+                await self._transport.write(_write_requests(source, name, offset), left())
+                return
+            except grpc.RpcError as error:
+                if (
+                    error.code() is not grpc.StatusCode.UNAVAILABLE
+                    or attempt == UPLOAD_ATTEMPTS - 1
+                ):
+                    raise
+                await self._transport.sleep(FIRST_PAUSE * 2**attempt)
+
+    async def _committed(self, name: str, left: Callable[[], float | None]) -> int | None:
+        """Bytes of an upload that the server has; None when it has the whole blob."""
+        request = bytestream_pb2.QueryWriteStatusRequest(resource_name=name)
+        try:
+            status = await self._transport.unary("QueryWriteStatus", request, left())
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return 0
+            raise
+        return None if status.complete else int(status.committed_size)
+
+    async def _receive(self, payload: Any, left: Callable[[], float | None]) -> bytes:
+        if payload.WhichOneof("content") == "inline":
+            return bytes(payload.inline)
+        blob = payload.blob
+        request = bytestream_pb2.ReadRequest(
+            resource_name=_wire.blob_name(blob.sha256, blob.size_bytes)
+        )
+        parts, digest = [], hashlib.sha256()
+        chunks = self._transport.stream("Read", request, left())
+        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                parts.append(chunk.data)
+                digest.update(chunk.data)
+        if digest.hexdigest() != blob.sha256:
+            raise ServerError(f"{self._transport.target}: a blob arrived damaged")
+        return b"".join(parts)
+
+    # ---- time and errors ----
+
+    def _deadline(self, timeout: float | None) -> Callable[[], float | None]:
+        """A function that tells how many seconds are left of the whole call."""
+        limit = self._timeout if timeout is None else timeout
+        if limit is None:
+            return lambda: None
+        end = time.monotonic() + limit
+        return lambda: max(end - time.monotonic(), 0.0)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _wire.error_of(error, self._transport.target) from None
+        except pydantic.ValidationError as error:
+            text = f"{self._transport.target}: the answer is not understood: {error}"
+            raise ServerError(text) from None
+
+
+def _write_requests(source: Source, name: str, offset: int) -> Iterator[Any]:
+    if offset == source.size:  # all has arrived, but the end was not said
+        yield bytestream_pb2.WriteRequest(
+            resource_name=name, write_offset=offset, finish_write=True
+        )
+    for chunk in source.chunks(offset, _wire.CHUNK):
+        end = offset + len(chunk)
+        yield bytestream_pb2.WriteRequest(
+            resource_name=name, write_offset=offset, data=chunk, finish_write=end == source.size
+        )
+        offset = end

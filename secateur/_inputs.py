@@ -1,0 +1,124 @@
+"""What callers hand in (paths, bytes, model objects, arrays) as content that can be sent.
+
+Nothing heavy is imported unless an object of that library was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from secateur.errors import Code, refuse
+
+
+class Source:
+    """Bytes to send: held, or in a file that is read only while they are sent.
+
+    Attributes:
+        size: in bytes.
+    """
+
+    def __init__(self, content: bytes | pathlib.Path) -> None:
+        self._content = content
+        self.size = len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def read(self) -> bytes:
+        """All of it."""
+        return self._content if isinstance(self._content, bytes) else self._content.read_bytes()
+
+    def sha256(self) -> str:
+        """SHA-256 in lower-case hexadecimal digits."""
+        with self._open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def chunks(self, offset: int, size: int) -> Iterator[bytes]:
+        """The bytes from `offset` on, `size` of them at a time; nothing when none are left."""
+        with self._open() as file:
+            file.seek(offset)
+            while chunk := file.read(size):
+                yield chunk
+
+    def _open(self) -> Any:
+        if isinstance(self._content, bytes):
+            return io.BytesIO(self._content)
+        return self._content.open("rb")
+
+
+def model_source(model: Any) -> Source:
+    """The serialised form of a model: a path, bytes, ModelProto, `onnx_ir.Model` or `gs.Graph`.
+
+    Raises:
+        Refused: `INVALID_MODEL` when a path cannot be read.
+        TypeError: it is none of these.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return _file(pathlib.Path(model), Code.INVALID_MODEL, "the model")
+    if isinstance(model, (bytes, bytearray, memoryview)):
+        return Source(bytes(model))
+    package = type(model).__module__.partition(".")[0]
+    if package == "onnx_ir":
+        import onnx_ir
+
+        model = onnx_ir.to_proto(model)
+    elif package == "onnx_graphsurgeon":
+        import onnx_graphsurgeon
+
+        model = onnx_graphsurgeon.export_onnx(model)
+    if hasattr(model, "SerializeToString") and hasattr(model, "graph"):
+        return Source(model.SerializeToString())
+    raise TypeError(
+        f"a model is a path, bytes, an onnx.ModelProto, an onnx_ir.Model or an "
+        f"onnx_graphsurgeon.Graph, not {type(model).__name__}"
+    )
+
+
+def calibration_sources(calibration: Any) -> list[tuple[str, Source]]:
+    """(file name, content) of each part: an `.npz`, those of a folder, or a mapping of arrays.
+
+    Raises:
+        Refused: `INVALID_CALIBRATION` when a path cannot be read or an array holds objects.
+    """
+    if isinstance(calibration, Mapping):
+        return [("calibration.npz", Source(_npz(calibration)))]
+    path = pathlib.Path(calibration)
+    if path.is_dir():
+        parts = sorted(part for part in path.iterdir() if part.suffix == ".npz")
+    else:
+        parts = [path]
+    name = "the calibration data"
+    return [(part.name, _file(part, Code.INVALID_CALIBRATION, name)) for part in parts]
+
+
+def _file(path: pathlib.Path, code: Code, what: str) -> Source:
+    try:
+        with path.open("rb"):  # a folder or an unreadable file fails here, not while sending
+            return Source(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise refuse(code, f"{what} cannot be read: {path}: {reason}", found=path) from None
+
+
+def _npz(arrays: Mapping[str, Any]) -> bytes:
+    """The `.npz` of `arrays`. By hand, since `numpy.savez` takes names as keyword arguments."""
+    import numpy as np
+
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                try:
+                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+                except ValueError as error:
+                    raise refuse(
+                        Code.INVALID_CALIBRATION,
+                        f"input {name!r}: {error}",
+                        nodes=(name,),
+                        expected="an array of numbers",
+                        found=np.asanyarray(array).dtype,
+                    ) from None
+    return content.getvalue()

@@ -1,0 +1,233 @@
+"""Between our values and the wire's messages: what client and server must agree on.
+
+Field names are the same on both sides (a test holds them together), so a conversion is protobuf's
+own JSON mapping plus pydantic's validation. Only enums differ: `STAGE_LOAD` on the wire is `LOAD`
+here, `CRITERION_L2` is `l2`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import grpc
+import pydantic
+from google.protobuf import any_pb2, json_format, message
+from google.rpc import error_details_pb2, status_pb2
+
+from secateur.errors import (
+    Cancelled,
+    Code,
+    Refusal,
+    SecateurError,
+    ServerError,
+    raised,
+)
+from secateur.recipe import Recipe
+from secateur.v1 import recipe_pb2, refusal_pb2
+
+INLINE_LIMIT = 2 << 20  # bytes; payloads above travel as blobs
+CHUNK = 1 << 20  # bytes of one ByteStream message: measured, larger is not faster
+MAX_MESSAGE = 16 << 20  # bytes; room for two models inline and a long report
+DOMAIN = "secateur.dev"  # of google.rpc.ErrorInfo
+STATUS_KEY = "grpc-status-details-bin"
+REQUEST_ID_KEY = "x-request-id"
+
+# Metadata is limited to 8 KiB by default in every gRPC implementation, base64 takes a third, and
+# the status text and the ErrorInfo lie beside the refusal.
+REFUSAL_LIMIT = 4 << 10
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+)
+
+STATUS_OF_CODE: dict[Code, grpc.StatusCode] = {
+    Code.INVALID_MODEL: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.UNSAFE_EXTERNAL_DATA: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.MISSING_EXTERNAL_DATA: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.UNSUPPORTED_VERSION: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.MODEL_DOES_NOT_RUN: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.INVALID_CALIBRATION: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.INVALID_RECIPE: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.INVALID_TARGET: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.UNREACHABLE_TARGET: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.UNMATCHED_IGNORE: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.INVALID_PLAN: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.NOTHING_TO_PRUNE: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.VERIFICATION_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.LIMIT_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+_Message = TypeVar("_Message", bound=message.Message)
+_Value = TypeVar("_Value", bound=pydantic.BaseModel)
+
+# ---- values ------------------------------------------------------------------------------------
+
+
+def to_wire(value: pydantic.BaseModel, target: _Message) -> _Message:
+    """Fills `target`, the message of the same name, from `value`."""
+    fields = _quote_non_finite(value.model_dump(mode="json", exclude_none=True))
+    for field, prefix, _ in _enums(target):
+        if field in fields:
+            fields[field] = _each(fields[field], lambda name, p=prefix: p + name.upper())
+    return json_format.ParseDict(fields, target)
+
+
+def from_wire(source: message.Message, kind: type[_Value]) -> _Value:
+    """The value of class `kind` that `source`, the message of the same name, states.
+
+    Fields that this version does not know are dropped: an older client reads a newer server.
+
+    Raises:
+        pydantic.ValidationError: the message states no such value.
+    """
+    return kind.model_validate(_fields(source, defaults=True))
+
+
+def recipe_to_wire(recipe: Recipe) -> recipe_pb2.Recipe:
+    """The message of a recipe; every field is set, so that a server's defaults do not matter."""
+    return to_wire(recipe, recipe_pb2.Recipe())
+
+
+def recipe_from_wire(source: recipe_pb2.Recipe) -> Recipe:
+    """The recipe that an untrusted message asks for; unset fields take `Recipe`'s defaults.
+
+    Raises:
+        Refused: as `Recipe.parse`.
+    """
+    return Recipe.parse(_fields(source, defaults=False))
+
+
+def _fields(source: message.Message, *, defaults: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = json_format.MessageToDict(
+        source,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=defaults,
+    )
+    for field, prefix, cased in _enums(source):
+        if field in fields:
+            names = _each(fields[field], lambda n, p=prefix, c=cased: c(str(n).removeprefix(p)))
+            fields[field] = names
+            if names == "unspecified":  # as if unset
+                del fields[field]
+    return fields
+
+
+def _enums(source: message.Message) -> list[tuple[str, str, Any]]:
+    """(field, prefix of its values, case of our names) of each enum field; none lie deeper."""
+    found = []
+    for field in source.DESCRIPTOR.fields:
+        if field.enum_type is not None:
+            zero = field.enum_type.values_by_number[0].name
+            cased = str.lower if isinstance(source, recipe_pb2.Recipe) else str.upper
+            found.append((field.name, zero.removesuffix("UNSPECIFIED"), cased))
+    return found
+
+
+def _each(value: Any, function: Any) -> Any:
+    return [function(item) for item in value] if isinstance(value, list) else function(value)
+
+
+def _quote_non_finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; protobuf's mapping wants them as text."""
+    if isinstance(value, dict):
+        return {key: _quote_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_quote_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+# ---- refusals and other failures ---------------------------------------------------------------
+
+
+def refusal_to_status(refusal: Refusal, request_id: str) -> status_pb2.Status:
+    """The gRPC status of a refusal, with the refusal and a google.rpc.ErrorInfo as details."""
+    detail = _within_metadata(refusal)
+    info = {"expected": detail.expected[:200], "found": detail.found[:200]}
+    status = failure_to_status(
+        STATUS_OF_CODE[refusal.code], detail.message[:400], refusal.code, request_id, info
+    )
+    packed = any_pb2.Any()
+    packed.Pack(to_wire(detail, refusal_pb2.Refusal()))
+    status.details.append(packed)
+    return status
+
+
+def failure_to_status(
+    code: grpc.StatusCode,
+    text: str,
+    reason: str,
+    request_id: str,
+    info: dict[str, str] | None = None,
+) -> status_pb2.Status:
+    """The gRPC status of any failure: a google.rpc.ErrorInfo and a RequestInfo as details."""
+    status = status_pb2.Status(code=code.value[0], message=text)
+    known = {key: value for key, value in (info or {}).items() if value}
+    for detail in (
+        error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=known),
+        error_details_pb2.RequestInfo(request_id=request_id),
+    ):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def error_of(error: grpc.RpcError, target: str) -> SecateurError:
+    """The exception that a failed call means: the other end of `refusal_to_status`."""
+    code: grpc.StatusCode = error.code()
+    refusal = _refusal_in(error)
+    if refusal is not None:
+        return raised(refusal)
+    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return Cancelled(f"{target}: {code.name}: {error.details()}")
+    return ServerError(f"{target}: {code.name}: {error.details()}")
+
+
+def _refusal_in(error: grpc.RpcError) -> Refusal | None:
+    metadata: Any = error.trailing_metadata()  # pairs, of a class that differs by kind of channel
+    for key, value in metadata or ():
+        if key != STATUS_KEY:
+            continue
+        try:
+            status = status_pb2.Status.FromString(value)
+            for detail in status.details:
+                found = refusal_pb2.Refusal()
+                if detail.Unpack(found):
+                    return from_wire(found, Refusal)
+        except (message.DecodeError, pydantic.ValidationError):
+            return None  # a code of a newer server: the status' own text must do
+    return None
+
+
+def _within_metadata(refusal: Refusal) -> Refusal:
+    """`refusal`, shortened where it would not fit in metadata: texts first, then the node list."""
+    if len(refusal.model_dump_json().encode()) <= REFUSAL_LIMIT:
+        return refusal
+    texts = {field: getattr(refusal, field) for field in ("message", "expected", "found", "hint")}
+    share = REFUSAL_LIMIT // 8
+    cut = {field: t if len(t) <= share else t[: share - 1] + "…" for field, t in texts.items()}
+    kept = list(refusal.nodes)
+    while True:
+        left_out = len(refusal.nodes) - len(kept)
+        nodes = (*kept, f"… and {left_out} more") if left_out else tuple(kept)
+        shorter = refusal.model_copy(update={**cut, "nodes": nodes})
+        if not kept or len(shorter.model_dump_json().encode()) <= REFUSAL_LIMIT:
+            return shorter
+        kept = kept[: len(kept) * 3 // 4]
+
+
+# ---- blobs -------------------------------------------------------------------------------------
+
+
+def blob_name(sha256: str, size: int) -> str:
+    """The resource name under which a blob is read."""
+    return f"blobs/{sha256}/{size}"
+
+
+def upload_name(uuid: str, sha256: str, size: int) -> str:
+    """The resource name under which a blob is written."""
+    return f"uploads/{uuid}/{blob_name(sha256, size)}"

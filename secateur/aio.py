@@ -1,0 +1,119 @@
+"""The asyncio client: `secateur.aio.Client`, the same calls as `secateur.Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+
+from secateur import _wire
+from secateur._calls import Calls
+from secateur.plan import Plan
+from secateur.recipe import Recipe
+from secateur.report import Inspection, Profile, ProgressCallback
+from secateur.result import Result
+from secateur.v1 import bytestream_pb2_grpc, pruning_pb2_grpc
+
+_T = TypeVar("_T")
+
+
+class Client:
+    """Talks to a Secateur server from an event loop; arguments as `secateur.Client`.
+
+    Cancelling a task that awaits a call cancels the call and ends its work on the server.
+    """
+
+    def __init__(self, target: str, timeout: float | None = None) -> None:
+        # TLS and tokens come in here: a channel with credentials instead
+        self._channel = grpc.aio.insecure_channel(target, options=_wire.CHANNEL_OPTIONS)
+        self._calls = Calls(_Transport(self._channel, target), timeout)
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; running calls end as cancelled."""
+        await self._channel.close()
+
+    async def prune(
+        self,
+        model: Any,
+        recipe: Recipe | None = None,
+        calibration: Any = None,
+        plan: Plan | None = None,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Result:
+        """Prunes a model on the server; `progress` is called in the event loop. See `Client`."""
+        return await self._calls.prune(model, recipe, calibration, plan, progress, timeout)
+
+    async def inspect(
+        self, model: Any, recipe: Recipe | None = None, timeout: float | None = None
+    ) -> Inspection:
+        """Tells what can go in a model, what must stay and why. See `secateur.Client.inspect`."""
+        return await self._calls.inspect(model, recipe, timeout)
+
+    async def profile(
+        self, model: Any, against: Any = None, timeout: float | None = None
+    ) -> Profile:
+        """Measures a model, and `against` alternately with it. See `secateur.Client.profile`."""
+        return await self._calls.profile(model, against, timeout)
+
+    async def health(self, timeout: float | None = None) -> bool:
+        """Whether the server takes calls now (`timeout` in seconds). Raises ServerError."""
+        return await self._calls.health(timeout)
+
+
+class _Transport:
+    """Awaits. Cancelling the awaiting task cancels the call."""
+
+    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+        self.target = target
+        pruning = pruning_pb2_grpc.PruningStub(channel)
+        blobs = bytestream_pb2_grpc.ByteStreamStub(channel)
+        self._methods: dict[str, Any] = {
+            "Prune": pruning.Prune,
+            "Inspect": pruning.Inspect,
+            "Profile": pruning.Profile,
+            "Check": health_pb2_grpc.HealthStub(channel).Check,
+            "Read": blobs.Read,
+            "Write": blobs.Write,
+            "QueryWriteStatus": blobs.QueryWriteStatus,
+        }
+
+    async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
+        return await self._methods[method](request, timeout=timeout)
+
+    async def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
+        call = self._methods[method](request, timeout=timeout)
+        try:
+            async for response in call:
+                yield response
+        finally:
+            call.cancel()
+
+    async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
+        async def read_aside() -> AsyncIterator[Any]:
+            while (request := await asyncio.to_thread(next, requests, None)) is not None:
+                yield request
+
+        return await self._methods["Write"](read_aside(), timeout=timeout)
+
+    async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.to_thread(function, *args)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
