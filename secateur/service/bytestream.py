@@ -1,0 +1,83 @@
+"""google.bytestream.ByteStream over a BlobStore."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import IO, Any
+
+import grpc
+
+from secateur import _wire
+from secateur.service.blobs import BlobName, BlobStore, Upload
+from secateur.service.errors import CallError
+from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc
+
+
+class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
+    """Moves blobs in and out."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    async def Read(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """Sends a blob, or a part of it, in chunks."""
+        blob = BlobName.parse(request.resource_name)
+        path = await asyncio.to_thread(self._store.get, blob)
+        if not 0 <= request.read_offset <= blob.size or request.read_limit < 0:
+            text = f"offset {request.read_offset}, limit {request.read_limit} of {blob.size} bytes"
+            raise CallError(grpc.StatusCode.OUT_OF_RANGE, "OUT_OF_RANGE", text)
+        left = request.read_limit or blob.size
+        with path.open("rb") as file:
+            file.seek(request.read_offset)
+            while chunk := await asyncio.to_thread(file.read, min(_wire.CHUNK, left)):
+                left -= len(chunk)
+                yield bytestream_pb2.ReadResponse(data=chunk)
+
+    async def Write(self, requests: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
+        """Takes an upload, from its start or from where it broke off."""
+        first = await anext(aiter(requests), None)
+        if first is None:
+            text = "the stream has no message"
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_STREAM", text)
+        found = await asyncio.to_thread(self._store.upload, first.resource_name, create=True)
+        if isinstance(found, BlobName):
+            return bytestream_pb2.WriteResponse(committed_size=found.size)
+        writer, file = await asyncio.to_thread(found.open)
+        try:
+            await _take(found, writer, file, first, requests)
+        finally:
+            file.close()
+        return bytestream_pb2.WriteResponse(committed_size=found.committed)
+
+    async def QueryWriteStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Tells how much of an upload has arrived."""
+        found = await asyncio.to_thread(self._store.upload, request.resource_name, create=False)
+        whole = isinstance(found, BlobName)
+        return bytestream_pb2.QueryWriteStatusResponse(
+            committed_size=found.size if isinstance(found, BlobName) else found.committed,
+            complete=whole,
+        )
+
+
+async def _take(
+    upload: Upload, writer: int, file: IO[bytes], first: Any, requests: AsyncIterator[Any]
+) -> None:
+    name, request = first.resource_name, first
+    while request is not None:
+        if request.resource_name not in ("", name):
+            text = "the name changed within one stream"
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_RESOURCE_NAME", text)
+        # shielded: a call that ends now must not close the file under the thread that writes it
+        writing = asyncio.ensure_future(
+            asyncio.to_thread(upload.append, writer, file, request.write_offset, request.data)
+        )
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait([writing])
+            raise
+        if request.finish_write:
+            await asyncio.to_thread(upload.finish)
+            return
+        request = await anext(aiter(requests), None)

@@ -1,0 +1,133 @@
+"""One map from exceptions to gRPC statuses, for every method.
+
+Refused          the status that `_wire.STATUS_OF_CODE` names, with the refusal as a detail
+CallError          its own status: something about the call, not about the model
+anything else    INTERNAL with a request id; the traceback goes to the log and nowhere else
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.rpc import status_pb2
+
+from secateur import _wire
+from secateur.errors import Refused
+
+log = logging.getLogger("secateur.service")
+
+_OURS = ("/secateur.", "/google.bytestream.")  # health and reflection map their own errors
+
+
+class CallError(Exception):
+    """The call cannot be served, for a reason that says nothing about the model.
+
+    Args:
+        code: the gRPC status.
+        reason: stable name, the `reason` of the status' google.rpc.ErrorInfo.
+        text: one sentence for people.
+    """
+
+    def __init__(self, code: grpc.StatusCode, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.reason = reason
+
+
+def status_of(error: Exception, request_id: str) -> status_pb2.Status:
+    """The status that ends a call on `error`."""
+    if isinstance(error, Refused):
+        return _wire.refusal_to_status(error.refusal, request_id)
+    if isinstance(error, CallError):
+        return _wire.failure_to_status(error.code, str(error), error.reason, request_id)
+    text = f"internal error; the server's log has more under request {request_id}"
+    return _wire.failure_to_status(grpc.StatusCode.INTERNAL, text, "INTERNAL", request_id)
+
+
+class ErrorMap(grpc.aio.ServerInterceptor):
+    """Ends calls that raise with the status of what they raise, and logs one line per call."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps the method's handler."""
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or not method.startswith(_OURS):
+            return handler
+        make = getattr(
+            grpc,
+            f"{'stream' if handler.request_streaming else 'unary'}_"
+            f"{'stream' if handler.response_streaming else 'unary'}_rpc_method_handler",
+        )
+        wrap, behaviour = (
+            (_streaming, handler.unary_stream or handler.stream_stream)
+            if handler.response_streaming
+            else (_single, handler.unary_unary or handler.stream_unary)
+        )
+        return make(
+            functools.partial(wrap, method, behaviour),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+async def _single(method: str, behaviour: Any, request: Any, context: Any) -> Any:
+    async with _Call(method, context) as call:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await call.abort(error)
+
+
+async def _streaming(method: str, behaviour: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+    async with _Call(method, context) as call:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except Exception as error:
+            await call.abort(error)
+
+
+class _Call:
+    """One call: its id, its end, its line in the log."""
+
+    def __init__(self, method: str, context: Any) -> None:
+        self._method = method
+        self._context = context
+        self._id = uuid.uuid4().hex
+        self._start = time.monotonic()
+        self._outcome = "OK"
+
+    async def __aenter__(self) -> _Call:
+        return self
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            self._outcome = "CANCELLED"  # by the client, by its deadline, or by a stop
+        seconds = time.monotonic() - self._start
+        log.info("%s %s %s %.3f s", self._id, self._method, self._outcome, seconds)
+
+    async def abort(self, error: Exception) -> NoReturn:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        status = status_of(error, self._id)
+        code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+        self._outcome = code.name
+        if code is grpc.StatusCode.INTERNAL:
+            log.error("%s %s failed", self._id, self._method, exc_info=error)
+        details = (
+            (_wire.STATUS_KEY, status.SerializeToString()),
+            (_wire.REQUEST_ID_KEY, self._id),
+        )
+        await self._context.abort(code, status.message, details)
+        raise AssertionError("abort returned")
