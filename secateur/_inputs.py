@@ -57,7 +57,7 @@ def model_source(model: Any) -> Source:
         TypeError: it is none of these.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _file(pathlib.Path(model), Code.INVALID_MODEL, "the model")
+        return _file(pathlib.Path(model), Code.INVALID_MODEL)
     if isinstance(model, (bytes, bytearray, memoryview)):
         return Source(bytes(model))
     package = type(model).__module__.partition(".")[0]
@@ -70,7 +70,7 @@ def model_source(model: Any) -> Source:
 
         model = onnx_graphsurgeon.export_onnx(model)
     if hasattr(model, "SerializeToString") and hasattr(model, "graph"):
-        return Source(model.SerializeToString())
+        return Source(model.SerializeToString(deterministic=True))  # as in process
     raise TypeError(
         f"a model is a path, bytes, an onnx.ModelProto, an onnx_ir.Model or an "
         f"onnx_graphsurgeon.Graph, not {type(model).__name__}"
@@ -90,17 +90,15 @@ def calibration_sources(calibration: Any) -> list[tuple[str, Source]]:
         parts = sorted(part for part in path.iterdir() if part.suffix == ".npz")
     else:
         parts = [path]
-    name = "the calibration data"
-    return [(part.name, _file(part, Code.INVALID_CALIBRATION, name)) for part in parts]
+    return [(part.name, _file(part, Code.INVALID_CALIBRATION)) for part in parts]
 
 
-def _file(path: pathlib.Path, code: Code, what: str) -> Source:
+def _file(path: pathlib.Path, code: Code) -> Source:
     try:
         with path.open("rb"):  # a folder or an unreadable file fails here, not while sending
             return Source(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise refuse(code, f"{what} cannot be read: {path}: {reason}", found=path) from None
+    except OSError as error:  # worded as the engine does in process
+        raise refuse(code, f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,258 @@
+"""What the command line shows to people."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pydantic
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+import typer
+
+from secateur.errors import Refused, SecateurError
+from secateur.report import (
+    Cost,
+    Drift,
+    Frozen,
+    Group,
+    Inspection,
+    Profile,
+    Progress,
+    ProgressCallback,
+    Report,
+    Stage,
+)
+
+_ROWS = 30  # of a table; a person reads no more, and --json has all
+_REASONS = 8
+
+
+def plain(value: pydantic.BaseModel) -> Any:
+    """`value` as JSON's types. JSON has no NaN or infinity: they become null."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(inner) for key, inner in item.items()}
+        if isinstance(item, list):
+            return [finite(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return finite(value.model_dump(mode="json"))
+
+
+# ---- while it runs -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """Shows progress on standard error: a bar on a terminal, a line per stage elsewhere."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description:<10}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[message]}", markup=False),
+        console=rich.console.Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=1.0, message="")
+
+        def tell(step: Progress) -> None:
+            name = step.stage.lower()
+            bar.update(task, description=name, completed=step.fraction, message=step.message)
+
+        yield tell
+
+
+def _lines() -> ProgressCallback:
+    last: Stage | None = None
+
+    def tell(step: Progress) -> None:
+        nonlocal last
+        if step.stage is not last:
+            text = f"{step.fraction:4.0%}  {step.stage.lower():<9} {step.message}".rstrip()
+            typer.echo(text, err=True)
+            last = step.stage
+
+    return tell
+
+
+def error(problem: SecateurError, as_json: bool) -> None:
+    """Shows why nothing came of it: text on standard error, or JSON on standard output."""
+    if as_json:
+        if isinstance(problem, Refused):
+            value = problem.refusal.model_dump(mode="json")
+        else:
+            value = {"code": type(problem).__name__, "message": str(problem)}
+        typer.echo(json.dumps({"error": value}))
+        return
+    console = rich.console.Console(stderr=True, soft_wrap=True, highlight=False)
+    if not isinstance(problem, Refused):
+        console.print(f"error: {problem}", style="red", markup=False)
+        return
+    refusal = problem.refusal
+    console.print(f"{refusal.code}: {refusal.message}", style="bold red", markup=False)
+    for name, text in (("expected", refusal.expected), ("found", refusal.found)):
+        if text:
+            console.print(f"  {name}: {text}", style="red", markup=False)
+    for node in refusal.nodes[:_REASONS]:
+        console.print(f"  at {node}", style="red", markup=False)
+    if len(refusal.nodes) > _REASONS:
+        console.print(f"  and {len(refusal.nodes) - _REASONS} more", style="red")
+    if refusal.hint:
+        console.print(f"  {refusal.hint}", markup=False)
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def report(found: Report, out: pathlib.Path) -> None:
+    """Shows what a prune gave."""
+    console = _console()
+    console.print(_costs("original", found.before, "pruned", found.after))
+    checked = found.verification
+    samples = "calibration samples" if checked.from_calibration else "random inputs"
+    sizes = ", ".join(str(size) for size in checked.batch_sizes)
+    console.print(f"ran in ONNX Runtime on {checked.samples} {samples}, batch size {sizes}")
+    _drift(console, checked.drift)
+    _frozen(console, found.frozen)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    console.print(f"wrote {out}", markup=False)
+
+
+def inspection(found: Inspection) -> None:
+    """Shows what can go in a model: groups that look alike share a row."""
+    console = _console()
+    cost = found.cost
+    console.print(
+        f"{_count(cost.macs)} MACs, {_count(cost.params)} params, {_bytes(cost.bytes)}; "
+        f"{len(found.groups)} groups"
+    )
+    console.print(_groups(found.groups))
+    _frozen(console, found.frozen)
+
+
+def profile(found: Profile, model: pathlib.Path, against: pathlib.Path | None) -> None:
+    """Shows what a model costs."""
+    console = _console()
+    if found.against is None:
+        console.print(_costs(model.name, found.model, None, None))
+        return
+    names = (against.name if against is not None else "against", model.name)
+    console.print(_costs(names[0], found.against, names[1], found.model))
+    if found.latency_ratio is not None:
+        text = f"{names[1]} takes {found.latency_ratio:.3g} × the time of {names[0]}"
+        console.print(text, markup=False)
+    _drift(console, found.drift)
+
+
+def _console() -> rich.console.Console:
+    return rich.console.Console(highlight=False, soft_wrap=True)
+
+
+def _costs(first: str, one: Cost, second: str | None, other: Cost | None) -> rich.table.Table:
+    table = rich.table.Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column(rich.markup.escape(first), justify="right")
+    if other is not None:
+        table.add_column(rich.markup.escape(second or ""), justify="right")
+        table.add_column("kept", justify="right")
+    for name, get, show in _MEASURES:
+        values = [get(cost) for cost in (one, other) if cost is not None]
+        if all(value is None for value in values):
+            continue
+        cells = ["–" if value is None else show(value) for value in values]
+        if other is not None:
+            a, b = values
+            cells.append(f"{b / a:.1%}" if a and b is not None else "–")
+        table.add_row(name, *cells)
+    return table
+
+
+def _groups(groups: Iterable[Group]) -> rich.table.Table:
+    alike: dict[tuple[Any, ...], list[Group]] = collections.defaultdict(list)
+    for group in groups:
+        key = (bool(group.frozen), group.frozen, group.kind, group.units, group.channels_per_unit)
+        alike[key].append(group)
+    rows = sorted(alike.items(), key=lambda row: (row[0][0], -row[0][3] * row[0][4] * len(row[1])))
+    table = rich.table.Table(box=None, pad_edge=False)
+    for name in ("groups", "units each", "channels a unit"):
+        table.add_column(name, justify="right")
+    for name in ("kind", "for example", "stays because"):
+        table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=40)
+    for (_, frozen, kind, units, width), members in rows[:_ROWS]:
+        example = members[0].tensors[0] if members[0].tensors else members[0].id
+        cells = (str(len(members)), str(units), str(width), kind, example, frozen)
+        table.add_row(*(rich.markup.escape(cell) for cell in cells))
+    if len(rows) > _ROWS:
+        table.add_row("…", "", "", "", f"{len(rows) - _ROWS} more kinds; see --json", "")
+    return table
+
+
+def _drift(console: rich.console.Console, drift: tuple[Drift, ...]) -> None:
+    for one in drift[:_REASONS]:
+        text = f"drift of {one.output}: {one.relative_error:.2e} relative, cosine {one.cosine:.5f}"
+        if one.top1_agreement is not None:
+            text += f", same top-1 in {one.top1_agreement:.1%}"
+        console.print(text, markup=False)
+    if len(drift) > _REASONS:
+        console.print(f"and {len(drift) - _REASONS} more outputs")
+
+
+def _frozen(console: rich.console.Console, frozen: tuple[Frozen, ...]) -> None:
+    """The reasons that keep most, counted over the places where they arise."""
+    channels: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    places: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
+    for one in frozen:
+        key = (one.code, one.op_type, one.detail if not one.op_type else "")
+        channels[key] += one.channels
+        places[key].append(one.node)
+    for key, kept in channels.most_common(_REASONS):
+        what = " ".join(part for part in key if part)
+        where = places[key]
+        also = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        console.print(f"stays: {kept} channels, {what} at {where[0]}{also}", markup=False)
+    if len(channels) > _REASONS:
+        console.print(f"and {len(channels) - _REASONS} more reasons; see --json")
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms"
+
+
+_MEASURES: tuple[tuple[str, Any, Any], ...] = (
+    ("MACs", lambda cost: cost.macs, _count),
+    ("params", lambda cost: cost.params, _count),
+    ("size", lambda cost: cost.bytes, _bytes),
+    ("latency p50", lambda cost: cost.latency and cost.latency.p50_ms, _milliseconds),
+    ("latency p95", lambda cost: cost.latency and cost.latency.p95_ms, _milliseconds),
+    ("peak memory", lambda cost: cost.peak_memory_bytes, _bytes),
+)

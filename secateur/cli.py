@@ -1,0 +1,355 @@
+"""The command line.
+
+Standard output holds the answer (with `--json`, one JSON document, also for errors); progress and
+error texts go to standard error. Exit codes:
+
+    0 done   2 wrong usage   3 refused   4 the result failed verification (nothing written)
+    5 server unreachable or failing   130 interrupted
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+import secateur
+from secateur import _show
+from secateur.errors import Cancelled, SecateurError
+from secateur.plan import Plan
+from secateur.recipe import Recipe
+from secateur.result import write_atomically
+
+if TYPE_CHECKING:
+    from secateur.result import Result
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Removes what a trained ONNX model does not need, and proves that the rest runs.",
+)
+
+
+def main() -> None:
+    """The program `secateur`."""
+    app(prog_name="secateur")
+
+
+# ---- what the commands share -------------------------------------------------------------------
+
+Model = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.")]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Let this server do the work, instead of this process."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+RecipeFile = Annotated[
+    pathlib.Path | None,
+    typer.Option(metavar="FILE.yaml", help="Read the recipe here; flags override its fields."),
+]
+Granularity = Annotated[
+    str | None,
+    typer.Option(metavar="KIND,…", help="Kinds of units that may go: channel, head."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Nodes or weights whose channels must all stay."),
+]
+
+
+def _reported(command: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Shows what the package raises on purpose, and ends with its exit code."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            return command(*args, **kwargs)
+        except SecateurError as error:
+            _show.error(error, as_json)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _show.error(Cancelled("interrupted"), as_json)
+            raise typer.Exit(Cancelled.exit_code) from None
+
+    return run
+
+
+@contextlib.contextmanager
+def _engine(server: str | None) -> Iterator[Any]:
+    """Who does the work, with the calls prune, inspect and profile: a server or this process."""
+    if server is None:
+        import secateur.graphops as engine
+
+        yield engine
+    else:
+        with secateur.Client(server) as client:
+            yield client
+
+
+def _recipe(file: pathlib.Path | None, flags: dict[str, Any]) -> Recipe | None:
+    """The recipe of a file and the flags that were given; None when there is neither."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if file is None and not given:
+        return None
+    base = Recipe.load(file).model_dump(exclude_unset=True) if file is not None else {}
+    return Recipe.parse({**base, **given})
+
+
+def _targets(texts: list[str] | None) -> dict[str, str] | None:
+    if not texts:
+        return None
+    targets: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or key in targets:
+            problem = "given twice" if key in targets else "not KEY=VALUE"
+            raise typer.BadParameter(f"{text!r} is {problem}", param_hint="--target")
+        targets[key] = value
+    return targets
+
+
+def _kinds(text: str | None) -> list[str] | None:
+    return None if text is None else [kind.strip() for kind in text.split(",") if kind.strip()]
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+def prune(
+    model: Model,
+    out: Annotated[
+        pathlib.Path,
+        typer.Option("-o", "--out", metavar="OUT", help="Where the pruned model goes."),
+    ],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="What is kept, as a fraction of the original: channels, params, macs.",
+        ),
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="l1, l2, random, bn_scale or activation."),
+    ] = None,
+    calibration: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="PATH", help="An .npz, or a folder of them; no labels needed."),
+    ] = None,
+    repair: Annotated[
+        bool | None,
+        typer.Option("--repair/--no-repair", help="Refit what consumes the channels that went."),
+    ] = None,
+    granularity: Granularity = None,
+    scope: Annotated[
+        str | None, typer.Option(metavar="local|global", help="Rank per group, or over all.")
+    ] = None,
+    ignore: Ignore = None,
+    round_to: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep multiples of N channels.")
+    ] = None,
+    recipe: RecipeFile = None,
+    plan: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.json", help="Replay a saved plan.")
+    ] = None,
+    save_plan: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.json", help="Save what was decided.")
+    ] = None,
+    report: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FILE.json|.html", help="Save the evidence."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of everything random.")
+    ] = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Prune MODEL into OUT, which appears complete or not at all."""
+    flags = {
+        "target": _targets(target),
+        "criterion": criterion,
+        "granularity": _kinds(granularity),
+        "scope": scope,
+        "ignore": ignore or None,
+        "round_to": round_to,
+        "repair": repair,
+        "seed": seed,
+    }
+    if plan is not None and (recipe is not None or any(v is not None for v in flags.values())):
+        raise typer.BadParameter("a plan holds its own recipe: no other can be given with it")
+    _check_outputs(model, out, save_plan, report)
+    wanted = _recipe(recipe, flags)
+    replayed = Plan.load(plan) if plan is not None else None
+    with _engine(server) as engine, _show.progress() as progress:
+        result = engine.prune(
+            model, wanted, calibration=calibration, plan=replayed, progress=progress
+        )
+    _save(result, out, save_plan, report)
+    if as_json:
+        digest = hashlib.sha256(result.model).hexdigest()
+        document = {"output": str(out), "sha256": digest, "report": _show.plain(result.report)}
+        typer.echo(json.dumps(document))
+    else:
+        _show.report(result.report, out)
+
+
+@app.command()
+@_reported
+def inspect(
+    model: Model,
+    granularity: Granularity = None,
+    ignore: Ignore = None,
+    recipe: RecipeFile = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what can go in MODEL, what must stay and why."""
+    wanted = _recipe(recipe, {"granularity": _kinds(granularity), "ignore": ignore or None})
+    with _engine(server) as engine:
+        found = engine.inspect(model, wanted)
+    if as_json:
+        typer.echo(json.dumps(_show.plain(found)))
+    else:
+        _show.inspection(found)
+
+
+@app.command()
+@_reported
+def profile(
+    model: Model,
+    against: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="MODEL", help="Measure this one alternately, and compare outputs."),
+    ] = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL: MACs, params, bytes, latency, memory, drift."""
+    with _engine(server) as engine:
+        found = engine.profile(model, against=against)
+    if as_json:
+        typer.echo(json.dumps(_show.plain(found)))
+    else:
+        _show.profile(found, model, against)
+
+
+@app.command()
+@_reported
+def serve(
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Port 0 takes any free one; or unix:PATH.")
+    ] = "127.0.0.1:50051",
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Jobs that run at once; default: the cores.")
+    ] = None,
+    folder: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FOLDER", help="Where blobs lie; default: a temporary one."),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time that running calls get at a stop.")
+    ] = 10.0,
+    insecure_public: Annotated[
+        bool,
+        typer.Option(
+            "--insecure-public",
+            help="Allow an address that other machines reach, with no credentials asked.",
+        ),
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serve. Prints one line, `listening on ADDRESS`, once calls are taken."""
+    import asyncio
+    import logging
+
+    from secateur.service.config import ServerConfig
+    from secateur.service.server import serve as run
+
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(f"unknown level {log_level!r}", param_hint="--log-level")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    chosen: dict[str, Any] = {} if workers is None else {"workers": workers}
+    config = ServerConfig(
+        listen=listen, folder=folder, grace_s=grace, insecure_public=insecure_public, **chosen
+    )
+    try:
+        config.check()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    asyncio.run(run(config, lambda address: typer.echo(f"listening on {address}")))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+def _check_outputs(
+    model: pathlib.Path,
+    out: pathlib.Path,
+    save_plan: pathlib.Path | None,
+    report: pathlib.Path | None,
+) -> None:
+    """Refuses places that cannot be written to before the work is done, not after."""
+    for option, path in (("-o", out), ("--save-plan", save_plan), ("--report", report)):
+        if path is None:
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{path} is no place for a file", param_hint=option)
+        if path.exists() and model.exists() and path.samefile(model):
+            raise typer.BadParameter("the original is never overwritten", param_hint=option)
+    if report is not None and report.suffix not in (".json", ".html"):
+        raise typer.BadParameter(f"{report} is neither .json nor .html", param_hint="--report")
+
+
+def _save(
+    result: Result,
+    out: pathlib.Path,
+    save_plan: pathlib.Path | None,
+    report: pathlib.Path | None,
+) -> None:
+    """Writes what was asked for, the model last: where it is, all is."""
+    try:
+        if save_plan is not None:
+            write_atomically(save_plan, result.plan.to_json().encode())
+        if report is not None:
+            if report.suffix == ".html":
+                from secateur import _html
+
+                text = _html.page(result.report, out.name)
+            else:
+                text = json.dumps(_show.plain(result.report), indent=2) + "\n"
+            write_atomically(report, text.encode())
+        result.save(out)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write: {error}") from None
