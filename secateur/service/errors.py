@@ -123,7 +123,9 @@ class _Call:
         status = status_of(error, self._id)
         code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
         self._outcome = code.name
-        if code is grpc.StatusCode.INTERNAL:
+        if isinstance(error, CallError):
+            log.warning("%s %s: %s", self._id, self._method, error)
+        elif not isinstance(error, Refused):
             log.error("%s %s failed", self._id, self._method, exc_info=error)
         details = (
             (_wire.STATUS_KEY, status.SerializeToString()),

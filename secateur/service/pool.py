@@ -98,6 +98,7 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int, jobs_per_worker: int) -> None:
+        self._workers = workers
         self._slots = asyncio.Semaphore(workers)
         self._jobs_per_worker = jobs_per_worker
         self._idle: list[Worker] = []
@@ -120,7 +121,7 @@ class WorkerPool:
                         clean = "done" in message or "refused" in message
                         yield message
             finally:
-                if clean and worker.jobs < self._jobs_per_worker and not self._closed:
+                if clean and self._may_stay(worker):
                     self._idle.append(worker)
                 else:
                     await self._drop(worker)
@@ -132,6 +133,11 @@ class WorkerPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(self._end(worker) for worker in list(self._all)))
+
+    def _may_stay(self, worker: Worker) -> bool:
+        # spares may have made one too many
+        few = len(self._all) <= self._workers
+        return few and worker.jobs < self._jobs_per_worker and not self._closed
 
     async def _take(self) -> Worker:
         while self._idle:
