@@ -36,7 +36,8 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
 
     async def Write(self, requests: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
         """Takes an upload, from its start or from where it broke off."""
-        first = await anext(aiter(requests), None)
+        requests = aiter(requests)
+        first = await anext(requests, None)
         if first is None:
             text = "the stream has no message"
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_STREAM", text)
@@ -63,21 +64,31 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
 async def _take(
     upload: Upload, writer: int, file: IO[bytes], first: Any, requests: AsyncIterator[Any]
 ) -> None:
-    name, request = first.resource_name, first
+    """Writes one message while the next one travels."""
+    request = first
     while request is not None:
-        if request.resource_name not in ("", name):
+        if request.resource_name not in ("", first.resource_name):
             text = "the name changed within one stream"
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_RESOURCE_NAME", text)
-        # shielded: a call that ends now must not close the file under the thread that writes it
-        writing = asyncio.ensure_future(
-            asyncio.to_thread(upload.append, writer, file, request.write_offset, request.data)
-        )
+        following = asyncio.ensure_future(anext(requests, None))
         try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait([writing])
-            raise
-        if request.finish_write:
-            await asyncio.to_thread(upload.finish)
-            return
-        request = await anext(aiter(requests), None)
+            await _unbroken(upload.append, writer, file, request.write_offset, request.data)
+            if request.finish_write:
+                await asyncio.to_thread(upload.finish)
+                return
+            request = await following
+        finally:
+            following.cancel()
+
+
+async def _unbroken(function: Any, *args: Any) -> None:
+    """Runs a function in a thread, and does not return before it has, cancelled or not.
+
+    A call that ends must not close the file under the thread that writes it.
+    """
+    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise

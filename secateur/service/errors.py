@@ -124,7 +124,8 @@ class _Call:
         code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
         self._outcome = code.name
         if isinstance(error, CallError):
-            log.warning("%s %s: %s", self._id, self._method, error)
+            level = logging.WARNING if code is grpc.StatusCode.INTERNAL else logging.DEBUG
+            log.log(level, "%s %s: %s", self._id, self._method, error)
         elif not isinstance(error, Refused):
             log.error("%s %s failed", self._id, self._method, exc_info=error)
         details = (
