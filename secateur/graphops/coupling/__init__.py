@@ -1,0 +1,1 @@
+"""Which channels go together: labels pass through the graph, equalities become units."""

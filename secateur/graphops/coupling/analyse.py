@@ -1,0 +1,151 @@
+"""One pass of labels through the graph: from a model to what can be cut and what cannot."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from secateur.errors import Code, refuse
+from secateur.graphops import rules
+from secateur.graphops.coupling import units
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.units import Coupling, MacTerm
+from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.shapes import Shapes, constant_tensor
+
+# What a rule may raise on a node that breaks its operator's specification. The node is then
+# frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
+_MALFORMED = (ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError)
+
+
+def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupling:
+    """Labels every prunable position, passes the labels through all nodes, and builds the units.
+
+    Cost is linear in nodes and labels.
+
+    Args:
+        model: unshared (see `model.normalise`).
+        shapes: of its tensors.
+        ignore: globs over names of nodes and initializers whose channels all stay.
+
+    Raises:
+        Refused: `UNMATCHED_IGNORE` when a glob matches nothing.
+    """
+    graph = model.graph
+    flow = Flow(shapes=shapes, opsets=dict(model.opset_imports), constants=constants(graph))
+    macs: list[MacTerm] = []
+    for node in graph:
+        _visit(flow, node)
+        rule = rules.find(node.domain, node.op_type, flow.opset(node))
+        if rule is not None and rule.macs is not None:
+            constant, axes = rule.macs(flow, node)
+            macs.append(MacTerm(node_label(node), constant, axes))
+    for value in graph.outputs:
+        for block in flow.blocks(value):
+            flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")
+    _ignore(flow, graph, ignore)
+    return units.build(flow, tuple(macs))
+
+
+def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
+    """Every tensor that holds weights: initializers and outputs of Constant nodes, by name."""
+    found = {
+        str(name): value.const_value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+    }
+    for node in graph:
+        if node.op_type == "Constant" and node.domain == "":
+            tensor = constant_tensor(node)
+            if tensor is not None:
+                found[str(node.outputs[0].name)] = tensor
+    return found
+
+
+def _visit(flow: Flow, node: ir.Node) -> None:
+    captured = _captured(node)
+    if captured is not None:
+        for value in (*node.inputs, *captured):
+            flow.freeze_value(value, node, "SUBGRAPH", "is read by a subgraph")
+        return
+    if _is_shape_arithmetic(flow, node):
+        return
+    rule = rules.find(node.domain, node.op_type, flow.opset(node))
+    if rule is None:
+        _freeze_reached(flow, node, "NO_RULE", "the operator has no rule")
+        return
+    try:
+        rule.couple(flow, node)
+    except _MALFORMED as error:
+        _freeze_reached(flow, node, "UNSUPPORTED_FORM", f"{type(error).__name__}: {error}")
+        for value in node.outputs:
+            flow.set(value, ())
+
+
+def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
+    """Whether all results are integers (or scalars) known before the model runs."""
+    for value in node.outputs:
+        known = flow.value(value)
+        if known is None or (known.dtype.kind == "f" and known.size > 1):
+            return False
+    return bool(node.outputs)
+
+
+def _freeze_reached(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
+    """Freezes the labels that reach a node; its own constants just stay as they are."""
+    for value in node.inputs:
+        if value is None:
+            continue
+        if value.name not in flow.constants or len(value.uses()) > 1 or value.name in flow.blocks_of:
+            flow.freeze_value(value, node, code, detail)
+
+
+def _captured(node: ir.Node) -> list[ir.Value] | None:
+    """Values of the outer graph that the node's subgraphs read; None without subgraphs."""
+    graphs = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    if not graphs:
+        return None
+    found = []
+    for graph in graphs:
+        inside = set(graph.inputs) | set(graph.initializers.values())
+        for inner in graph.all_nodes():
+            inside.update(inner.outputs)
+        for inner in graph.all_nodes():
+            found += [v for v in inner.inputs if v is not None and v not in inside]
+        found += [v for v in graph.outputs if v not in inside]
+    return found
+
+
+def _ignore(flow: Flow, graph: ir.Graph, globs: Sequence[str]) -> None:
+    for glob in globs:
+        matched = False
+        for node in graph:
+            if node.name and fnmatch.fnmatchcase(node.name, glob):
+                matched = True
+                for value in node.outputs:
+                    _keep(flow, value, glob)
+        for name, value in graph.initializers.items():
+            if fnmatch.fnmatchcase(str(name), glob):
+                matched = True
+                _keep(flow, value, glob)
+        if not matched:
+            raise refuse(
+                Code.UNMATCHED_IGNORE,
+                f"--ignore {glob!r} matches no node and no initializer",
+                nodes=(glob,),
+                expected="a glob over their names",
+                found=f"{len(graph)} nodes, {len(graph.initializers)} initializers, none matching",
+                hint="`secateur inspect` lists the names.",
+            )
+
+
+def _keep(flow: Flow, value: ir.Value, glob: str) -> None:
+    for block in flow.blocks(value):
+        flow.freeze(block.labels, None, "IGNORED", f"matches --ignore {glob!r}")

@@ -1,0 +1,364 @@
+"""The state of one pass of labels through a graph, and what operators' rules may do to it.
+
+A rule reads the blocks of its node's inputs, states equalities between labels, freezes what it
+cannot carry, and sets the blocks of its outputs. It never sees numbers, and it keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, single
+from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.shapes import Array, Shape, Shapes
+
+Letter = Hashable
+
+# Above this many labels a reshape collapses a joint block to its first axis before it grows.
+MAX_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why labels are frozen: a stable code, where, and one sentence."""
+
+    code: str
+    node: str
+    op_type: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """An operand axis that a node sums over: where a cut equals a zero (the law).
+
+    `exact` is false where the node divides by the count, or compares across the axis.
+    """
+
+    node: ir.Node
+    index: int
+    axis: int
+    exact: bool
+
+
+@dataclass(slots=True)
+class Flow:
+    """Everything one pass accumulates.
+
+    Attributes:
+        shapes: of every tensor.
+        opsets: domain → version.
+        constants: names of tensors that hold weights (initializers and Constant outputs).
+    """
+
+    shapes: Shapes
+    opsets: dict[str, int]
+    constants: dict[str, ir.TensorProtocol]
+    blocks_of: dict[str, Blocks] = field(default_factory=dict)
+    equal: list[tuple[Labels, Labels]] = field(default_factory=list)
+    frozen: list[tuple[Labels, int]] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+    rectangles: list[Labels] = field(default_factory=list)
+    segments: list[Labels] = field(default_factory=list)
+    heads: list[Labels] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    labels: int = 1  # label 0 is FIXED
+    _reason_ids: dict[Reason, int] = field(default_factory=dict)
+
+    # -- reading -------------------------------------------------------------------------------
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """The shape under the first binding of symbolic sizes."""
+        return None if value is None else self.shapes.of(value.name or "")
+
+    def value(self, value: ir.Value | None) -> Array | None:
+        """A small constant or a result of shape arithmetic, if known."""
+        return None if value is None else self.shapes.values.get(value.name or "")
+
+    def opset(self, node: ir.Node) -> int:
+        """The version of the node's operator set."""
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        return self.opsets.get(domain, 1)
+
+    def blocks(self, value: ir.Value | None) -> Blocks:
+        """The labels of a tensor. A constant gets labels of its own when first asked for."""
+        if value is None or not value.name:
+            return BARE
+        known = self.blocks_of.get(value.name)
+        if known is None:
+            known = BARE
+            if value.name in self.constants:
+                sizes = [int(size) for size in self.constants[value.name].shape.numpy()]
+                known = tuple(
+                    Block((axis,), self.fresh(size)) for axis, size in enumerate(sizes) if size > 1
+                )
+            self.blocks_of[value.name] = known
+        return known
+
+    def axis(self, value: ir.Value, axis: int) -> Labels | None:
+        """The labels along one axis; a joint block is collapsed to it. None where bare."""
+        for block in self.blocks(value):
+            if axis in block.axes:
+                return self.collapse(value, block, axis).labels
+        return None
+
+    # -- stating -------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Labels:
+        """New labels, one per position."""
+        start, self.labels = self.labels, self.labels + count
+        return np.arange(start, start + count, dtype=np.int32)
+
+    def set(self, value: ir.Value, blocks: Blocks) -> None:
+        """Sets the blocks of an output."""
+        for block in blocks:
+            if len(block.axes) > 1:
+                self.rectangles.append(block.labels)
+        if value.name:
+            self.blocks_of[value.name] = blocks
+
+    def join(self, node: ir.Node, first: Labels, second: Labels) -> None:
+        """States that labels meet, pair by pair; what meets a fixed position is frozen."""
+        first, second = np.broadcast_arrays(first.reshape(-1), second.reshape(-1))
+        moving = (first != FIXED) & (second != FIXED)
+        if moving.all():
+            self.equal.append((first, second))
+            return
+        self.equal.append((first[moving], second[moving]))
+        for labels, other in ((first, second), (second, first)):
+            self.freeze(
+                labels[other == FIXED], node, "BARE_AXIS", "meets positions that cannot be cut"
+            )
+
+    def freeze(self, labels: Labels, node: ir.Node | None, code: str, detail: str) -> None:
+        """Keeps positions, for a reason."""
+        labels = labels.reshape(-1)
+        labels = labels[labels != FIXED]
+        if not labels.size:
+            return
+        name, op_type = ("", "")
+        if node is not None:
+            domain = node.domain or "ai.onnx"
+            name = node_label(node)
+            op_type = f"{domain}::{node.op_type}-{self.opset(node)}"
+        reason = Reason(code, name, op_type, detail)
+        number = self._reason_ids.setdefault(reason, len(self.reasons))
+        if number == len(self.reasons):
+            self.reasons.append(reason)
+        self.frozen.append((labels, number))
+
+    def freeze_value(self, value: ir.Value | None, node: ir.Node, code: str, detail: str) -> None:
+        """Keeps all of a tensor."""
+        for block in self.blocks(value):
+            self.freeze(block.labels, node, code, detail)
+
+    def freeze_axis(self, value: ir.Value, axis: int, node: ir.Node, code: str, detail: str) -> None:
+        """Keeps one axis of a tensor whole; the other axes of a joint block stay free."""
+        blocks = []
+        for block in self.blocks(value):
+            if axis not in block.axes:
+                blocks.append(block)
+            elif len(block.axes) == 1:
+                self.freeze(block.labels, node, code, detail)
+            else:
+                pivot = next(other for other in block.axes if other != axis)
+                blocks.append(self.collapse(value, block, pivot))
+        if value.name:
+            self.blocks_of[value.name] = tuple(blocks)
+
+    def freeze_shared_constants(self, node: ir.Node) -> None:
+        """Keeps the node's constants that have other readers, where the node itself moves nothing.
+
+        Constants of its own simply stay whole; naming each of their positions would cost time
+        and say nothing.
+        """
+        for value in node.inputs:
+            if value is not None and value.name in self.constants and len(value.uses()) > 1:
+                self.freeze_value(value, node, "BARE_AXIS", "meets positions that cannot be cut")
+
+    def collapse(self, value: ir.Value, block: Block, axis: int) -> Block:
+        """Makes whole slices along `axis` the units of a joint block: equal along the others."""
+        if block.axes == (axis,):
+            return block
+        place = block.axes.index(axis)
+        rows = np.moveaxis(block.labels, place, 0).reshape(block.labels.shape[place], -1)
+        self.equal.append(
+            (np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1).reshape(-1), rows[:, 1:].reshape(-1))
+        )
+        fixed = (rows == FIXED).any(axis=1)
+        if fixed.any():
+            for labels in rows[fixed]:
+                self.freeze(labels, None, "BARE_AXIS", "part of it cannot be cut")
+        result = Block((axis,), np.where(fixed, FIXED, rows[:, 0]).astype(np.int32))
+        if value.name:
+            others = (result if other is block else other for other in self.blocks(value))
+            self.blocks_of[value.name] = tuple(others)
+        return result
+
+    def keep_one(self, labels: Labels) -> None:
+        """At least one of these positions must stay, or an axis would be empty."""
+        self.segments.append(labels)
+
+    def contract(self, node: ir.Node, index: int, axis: int, exact: bool = True) -> None:
+        """Records that a node sums (or normalises) over an axis of its input `index`."""
+        self.contractions.append(Contraction(node, index, axis, exact))
+
+    # -- where operands meet -------------------------------------------------------------------
+
+    def meet(
+        self,
+        node: ir.Node,
+        operands: Sequence[tuple[int, Sequence[Letter | None]]],
+        letters: Sequence[Letter],
+        heads: bool = False,
+        exact: bool = True,
+    ) -> Blocks:
+        """States the equalities of an einsum: the one place where operands meet.
+
+        Element-wise operators, MatMul, Gemm, Einsum and the parameters of normalisations are all
+        described by giving each axis a letter: axes of one letter run together, and a letter
+        missing from the result is summed over.
+
+        Args:
+            node: whose operands they are.
+            operands: (input index, one letter per axis); None for an axis that must stay whole.
+            letters: of the result's axes.
+            heads: name what a joint block is collapsed to a head.
+            exact: whether summing over zeros is the same as summing over fewer.
+
+        Returns:
+            the blocks of the result.
+        """
+        views = _Views(self, node, operands)
+        views.resolve_joint_blocks(frozenset(letters), heads)
+        views.record_contractions(frozenset(letters), exact)
+        return views.join(letters)
+
+
+class _Views:
+    """The operands of one `meet`, as blocks over letters."""
+
+    def __init__(
+        self, flow: Flow, node: ir.Node, operands: Sequence[tuple[int, Sequence[Letter | None]]]
+    ) -> None:
+        self.flow, self.node = flow, node
+        sizes: dict[Letter, int] = {}
+        shapes = []
+        for index, letters in operands:
+            shape = flow.shape(node.inputs[index])
+            shapes.append(shape)
+            for letter, size in zip(letters, shape or (), strict=False):
+                if letter is not None:
+                    sizes[letter] = max(sizes.get(letter, 1), size if size is not None else 2)
+        self.operands: list[tuple[ir.Value, int, list[Letter | None]]] = []
+        for (index, letters), shape in zip(operands, shapes, strict=True):
+            value = node.inputs[index]
+            assert value is not None
+            effective = list(letters)
+            for axis, letter in enumerate(letters):
+                size = shape[axis] if shape is not None and axis < len(shape) else None
+                spread = letter is not None and size == 1 and sizes[letter] > 1
+                if spread or letter is None:
+                    flow.freeze_axis(value, axis, node, "BARE_AXIS", "is broadcast or kept whole")
+                    effective[axis] = None
+            self.operands.append((value, index, effective))
+
+    def _blocks(self, operand: int) -> Iterable[tuple[Block, tuple[Letter, ...]]]:
+        value, _, letters = self.operands[operand]
+        for block in self.flow.blocks(value):
+            yield block, tuple(letters[axis] for axis in block.axes)
+
+    def resolve_joint_blocks(self, result: frozenset[Letter], heads: bool) -> None:
+        """Collapses joint blocks that another operand, or the result, needs by one axis."""
+        for operand in range(len(self.operands)):
+            for block, names in list(self._blocks(operand)):
+                if len(names) < 2:
+                    continue
+                kept = [name for name in names if name in result]
+                bare, split = self._touched(operand, names)
+                if not split and not bare and len(kept) in (0, len(names)):
+                    continue
+                if not split and not bare:
+                    self._join_alike(names)
+                candidates = [name for name in kept or names if name not in bare]
+                if not candidates:
+                    candidates = [name for name in names if name not in bare] or list(names)
+                value = self.operands[operand][0]
+                pivot = block.axes[names.index(candidates[0])]
+                collapsed = self.flow.collapse(value, block, pivot)
+                if heads:
+                    self.flow.heads.append(collapsed.labels)
+
+    def _touched(self, operand: int, names: tuple[Letter, ...]) -> tuple[set[Letter], bool]:
+        """Which of `names` are bare in another operand, and whether one splits the block."""
+        bare: set[Letter] = set()
+        split = False
+        for other in range(len(self.operands)):
+            if other == operand:
+                continue
+            labelled: set[Letter] = set()
+            for _, theirs in self._blocks(other):
+                labelled.update(theirs)
+                if set(theirs) & set(names) and set(theirs) != set(names):
+                    split = True
+            mentioned = {letter for letter in self.operands[other][2] if letter is not None}
+            bare.update(name for name in names if name in mentioned and name not in labelled)
+        return bare, split
+
+    def _join_alike(self, names: tuple[Letter, ...]) -> None:
+        """Joins the joint blocks over the same letters, label by label."""
+        arrays = []
+        for operand in range(len(self.operands)):
+            for block, theirs in self._blocks(operand):
+                if set(theirs) == set(names) and len(theirs) == len(names):
+                    order = [theirs.index(name) for name in names]
+                    arrays.append(np.transpose(block.labels, order))
+        for other in arrays[1:]:
+            self.flow.join(self.node, arrays[0], other)
+
+    def record_contractions(self, result: frozenset[Letter], exact: bool) -> None:
+        """Notes every labelled operand axis whose letter the result lacks."""
+        for value, index, letters in self.operands:
+            for block in self.flow.blocks(value):
+                for axis in block.axes:
+                    if letters[axis] is not None and letters[axis] not in result:
+                        self.flow.contract(self.node, index, axis, exact)
+
+    def join(self, result: Sequence[Letter]) -> Blocks:
+        """Joins what shares letters and returns the blocks of the result."""
+        gathered: dict[frozenset[Letter], list[tuple[tuple[Letter, ...], Labels]]] = {}
+        for operand in range(len(self.operands)):
+            for block, names in self._blocks(operand):
+                gathered.setdefault(frozenset(names), []).append((names, block.labels))
+        mentions: dict[Letter, int] = defaultdict(int)
+        for _, _, letters in self.operands:
+            for letter in letters:
+                if letter is not None:
+                    mentions[letter] += 1
+        blocks: Blocks = BARE
+        for key, found in gathered.items():
+            names, labels = found[0]
+            for other_names, other in found[1:]:
+                order = [other_names.index(name) for name in names]
+                self.flow.join(self.node, labels, np.transpose(other, order))
+            if any(mentions[name] > len(found) for name in names):
+                for _, other in found:
+                    self.flow.freeze(
+                        other, self.node, "BARE_AXIS", "meets positions that cannot be cut"
+                    )
+                continue
+            if all(name in result for name in key):
+                axes = [result.index(name) for name in names]
+                order_of_axes = np.argsort(axes)
+                blocks += (Block(tuple(sorted(axes)), np.transpose(labels, order_of_axes)),)
+        return blocks
+
+
+def column(labels: Labels | None, axis: int) -> Blocks:
+    """Blocks of a tensor that carries labels along one axis only."""
+    return BARE if labels is None else single(axis, labels)

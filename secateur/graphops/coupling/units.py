@@ -1,0 +1,330 @@
+"""From equalities to units and groups.
+
+Equal labels form connected components. A *unit* is the smallest set of slices that must go
+together: a component that slices at least one constant and contains nothing frozen. Units that
+slice the same constants on the same axes, equally often, form a *group* and are ranked against
+one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import scipy.sparse
+import scipy.sparse.csgraph
+
+from secateur.graphops.coupling.flow import Contraction, Flow, Reason
+from secateur.graphops.coupling.labels import FIXED, Blocks, Labels
+from secateur.graphops.model.shapes import Shapes
+
+Units = npt.NDArray[np.int32]  # unit of each position; FIXED (0) where nothing can be cut
+Axis = tuple[str, int]  # (tensor name, axis)
+
+# Reasons that are no news to anybody: kernel positions, and the part of a grouped weight that
+# its other axis already decides.
+STRUCTURAL = ("KERNEL", "GROUPS")
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGroup:
+    """Interchangeable units.
+
+    Attributes:
+        id: of the first constant axis the units slice; stable within one model.
+        kind: `channel` or `head`.
+        units: their numbers, in the order in which they lie along the first constant's axis.
+        axes: (constant, axis) → how many positions one unit takes there.
+        normalised_by: nodes that normalise or reduce inexactly across them.
+    """
+
+    id: str
+    kind: str
+    units: Units
+    axes: Mapping[Axis, int]
+    normalised_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenReason:
+    """A reason, with the number of weight positions it keeps (first reason counted)."""
+
+    reason: Reason
+    channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class MacTerm:
+    """Multiply-accumulates of one node: `constant` × the sizes of `axes`."""
+
+    node: str
+    constant: int
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """What the analysis knows of a model; everything later reads it and nothing changes it.
+
+    Attributes:
+        shapes: of every tensor.
+        constants: tensors that hold weights, by name.
+        groups: of units that may go.
+        frozen: why others may not.
+        count: units are numbered 1 … count; 0 means "stays".
+        segments: sets of units of which one must stay.
+        contractions: operand axes that nodes sum over.
+        macs: cost of the nodes that multiply and accumulate.
+    """
+
+    shapes: Shapes
+    constants: Mapping[str, ir.TensorProtocol]
+    groups: tuple[UnitGroup, ...]
+    frozen: tuple[FrozenReason, ...]
+    count: int
+    segments: tuple[Units, ...]
+    contractions: tuple[Contraction, ...]
+    macs: tuple[MacTerm, ...]
+    _blocks: Mapping[str, Blocks]
+    _unit_of: Units  # by label
+    _cache: dict[str, dict[int, Units]] = field(default_factory=dict)
+
+    def axes(self, name: str) -> Mapping[int, Units]:
+        """For a tensor: axis → the unit of each position. Axes that stay whole are not listed."""
+        known = self._cache.get(name)
+        if known is None:
+            known = {}
+            for block in self._blocks.get(name, ()):
+                units = self._unit_of[block.labels]
+                if units.any():
+                    place = _varying_axis(units)
+                    line = np.moveaxis(units, place, 0).reshape(units.shape[place], -1)[:, 0]
+                    known[block.axes[place]] = line
+            self._cache[name] = known
+        return known
+
+
+def _varying_axis(units: Units) -> int:
+    """The axis of a joint block along which its units differ; the resolution made it one."""
+    for place in range(units.ndim):
+        if units.shape[place] > 1 and not _constant_along(units, place):
+            return place
+    return 0
+
+
+def _constant_along(array: npt.NDArray[np.int32], place: int) -> bool:
+    return bool((array == array.take([0], axis=place)).all())
+
+
+def components(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
+    """Connected components of the labels under the equalities stated so far."""
+    if flow.equal:
+        first = np.concatenate([pair[0].reshape(-1) for pair in flow.equal])
+        second = np.concatenate([pair[1].reshape(-1) for pair in flow.equal])
+        moving = (first != FIXED) & (second != FIXED)
+        first, second = first[moving], second[moving]
+    else:
+        first = second = np.zeros(0, np.int32)
+    graph = scipy.sparse.coo_array(
+        (np.ones(first.size, np.bool_), (first, second)), shape=(flow.labels, flow.labels)
+    )
+    count, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return int(count), component
+
+
+def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
+    """Makes every joint block a product again, and returns the components after that.
+
+    A tensor is sliced axis by axis, so what goes from a joint block must be whole slices along
+    one of its axes. Where the operators did not decide which, the axis that leaves more units
+    does, among those that are not frozen.
+    """
+    while True:
+        count, component = components(flow)
+        frozen = np.zeros(count, np.bool_)
+        frozen[component[FIXED]] = True
+        for labels, _ in flow.frozen:
+            frozen[component[labels]] = True
+        changed = False
+        for labels in flow.rectangles:
+            parts = component[labels]
+            varying = [p for p in range(parts.ndim) if not _constant_along(parts, p)]
+            if len(varying) < 2:
+                continue
+            # One axis must be chosen: the one with the most slices free of frozen members.
+            free = [_free_slices(frozen[parts], place) for place in varying]
+            place = varying[int(np.argmax(free))]
+            rows = np.moveaxis(labels, place, 0).reshape(labels.shape[place], -1)
+            flow.equal.append(
+                (np.repeat(rows[:, :1], rows.shape[1] - 1, 1).reshape(-1), rows[:, 1:].reshape(-1))
+            )
+            fixed = (rows == FIXED).any(axis=1)
+            if fixed.any():
+                flow.freeze(rows[fixed], None, "BARE_AXIS", "part of it cannot be cut")
+            changed = True
+        if not changed:
+            return count, component
+
+
+def _free_slices(frozen: npt.NDArray[np.bool_], place: int) -> int:
+    rows = np.moveaxis(frozen, place, 0).reshape(frozen.shape[place], -1)
+    return int((~rows.any(axis=1)).sum())
+
+
+def build(flow: Flow, macs: tuple[MacTerm, ...]) -> Coupling:
+    """Units and groups of a finished flow."""
+    count, component = resolve_rectangles(flow)
+    frozen_by = np.full(count, -1, np.int64)
+    for labels, reason in reversed(flow.frozen):
+        frozen_by[component[labels]] = reason
+    frozen_by[component[FIXED]] = len(flow.reasons)
+
+    positions: list[tuple[Axis, Labels]] = [
+        ((name, axis), block.labels)
+        for name in flow.constants
+        for block in flow.blocks_of.get(name, ())
+        for axis in block.axes
+    ]
+    slices = _slices(positions, component, count)
+    usable = slices.touched & (frozen_by < 0)
+    number = np.zeros(count, np.int32)
+    number[usable] = np.arange(1, int(usable.sum()) + 1, dtype=np.int32)
+    unit_of = number[component]
+    unit_of[FIXED] = 0
+
+    coupling = Coupling(
+        shapes=flow.shapes,
+        constants=flow.constants,
+        groups=_groups(flow, slices, number, unit_of),
+        frozen=_frozen(flow, slices, frozen_by),
+        count=int(usable.sum()),
+        segments=tuple(unit_of[labels] for labels in flow.segments),
+        contractions=tuple(flow.contractions),
+        macs=macs,
+        _blocks=flow.blocks_of,
+        _unit_of=unit_of,
+    )
+    return coupling
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """Which component takes how many positions of which constant axis, as parallel arrays
+    sorted by component, then axis."""
+
+    axes: list[Axis]
+    component: npt.NDArray[np.int64]
+    axis: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
+    touched: npt.NDArray[np.bool_]
+
+
+def _slices(
+    positions: list[tuple[Axis, Labels]], component: npt.NDArray[np.int32], count: int
+) -> _Slices:
+    axes = [axis for axis, _ in positions]
+    if not positions:
+        empty = np.zeros(0, np.int64)
+        return _Slices([], empty, empty, empty, np.zeros(count, np.bool_))
+    parts = np.concatenate([component[labels.reshape(-1)] for _, labels in positions])
+    owner = np.repeat(np.arange(len(axes)), [labels.size for _, labels in positions])
+    key, times = np.unique(parts.astype(np.int64) * len(axes) + owner, return_counts=True)
+    touched = np.zeros(count, np.bool_)
+    touched[parts] = True
+    return _Slices(axes, key // len(axes), key % len(axes), times, touched)
+
+
+def _groups(
+    flow: Flow, slices: _Slices, number: Units, unit_of: Units
+) -> tuple[UnitGroup, ...]:
+    usable = number[slices.component] > 0
+    component, axis, times = slices.component[usable], slices.axis[usable], slices.times[usable]
+    if not component.size:
+        return ()
+    starts = np.flatnonzero(np.r_[True, component[1:] != component[:-1]])
+    ends = np.r_[starts[1:], component.size]
+    members: dict[bytes, list[int]] = {}
+    pairs = np.stack([axis, times], axis=1)
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        members.setdefault(pairs[start:end].tobytes(), []).append(index)
+    heads = _flags(flow.heads, unit_of, number)
+    normalised = _normalised(flow, unit_of)
+    groups = []
+    for indices in members.values():
+        start, end = starts[indices[0]], ends[indices[0]]
+        units = number[component[starts[indices]]]
+        taken = {slices.axes[a]: int(t) for a, t in zip(axis[start:end], times[start:end], strict=True)}
+        first_name, first_axis = next(iter(taken))
+        groups.append(
+            UnitGroup(
+                id=f"{first_name}[{first_axis}]",
+                kind="head" if heads[units[0]] else "channel",
+                units=units,
+                axes=taken,
+                normalised_by=tuple(sorted(normalised.get(int(units[0]), ()))),
+            )
+        )
+    return _unique_ids(groups)
+
+
+def _unique_ids(groups: list[UnitGroup]) -> tuple[UnitGroup, ...]:
+    """Several groups may begin with the same axis (a Concat's consumer): number them."""
+    seen: dict[str, int] = {}
+    result = []
+    for group in groups:
+        seen[group.id] = seen.get(group.id, 0) + 1
+        suffix = f"#{seen[group.id]}" if seen[group.id] > 1 else ""
+        result.append(
+            UnitGroup(
+                group.id + suffix, group.kind, group.units, group.axes, group.normalised_by
+            )
+        )
+    return tuple(result)
+
+
+def _flags(marked: list[Labels], unit_of: Units, number: Units) -> npt.NDArray[np.bool_]:
+    flags = np.zeros(int(number.max(initial=0)) + 1, np.bool_)
+    for labels in marked:
+        flags[unit_of[labels]] = True
+    flags[0] = False
+    return flags
+
+
+def _normalised(flow: Flow, unit_of: Units) -> dict[int, set[str]]:
+    """unit → names of the nodes that are the law's named exceptions for it."""
+    result: dict[int, set[str]] = {}
+    for contraction in flow.contractions:
+        if contraction.exact:
+            continue
+        value = contraction.node.inputs[contraction.index]
+        name = contraction.node.name or str(contraction.node.outputs[0].name)
+        for block in flow.blocks(value):
+            if contraction.axis in block.axes:
+                for unit in np.unique(unit_of[block.labels]):
+                    result.setdefault(int(unit), set()).add(name)
+    return result
+
+
+def _frozen(
+    flow: Flow, slices: _Slices, frozen_by: npt.NDArray[np.int64]
+) -> tuple[FrozenReason, ...]:
+    """Counts weight positions by the reason that keeps them."""
+    weights = np.array(
+        [len(flow.constants[name].shape) >= 2 for name, _ in slices.axes], np.bool_
+    )
+    if not weights.size:
+        return ()
+    reasons = frozen_by[slices.component]
+    told = np.array([reason.code not in STRUCTURAL for reason in flow.reasons] + [False])
+    counted = weights[slices.axis] & (reasons >= 0) & told[np.maximum(reasons, 0)]
+    channels = np.bincount(
+        reasons[counted], weights=slices.times[counted], minlength=len(flow.reasons)
+    )
+    return tuple(
+        FrozenReason(reason, int(channels[index]))
+        for index, reason in enumerate(flow.reasons)
+        if channels[index]
+    )

@@ -1,0 +1,1 @@
+"""Opening, normalising and sizing a model: everything before anybody thinks about channels."""

@@ -1,0 +1,224 @@
+"""Evaluates the small integer arithmetic by which exporters compute shapes.
+
+`Shape → Gather → Mul → Concat → Reshape` chains decide where channels go, so the analysis has
+to know their values. Only operators that occur in such chains are here; anything else is simply
+not known. Arrays are tiny (see `MAX_ELEMENTS`), NumPy is the semantics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+MAX_ELEMENTS = 4096
+
+Array = npt.NDArray[Any]
+Inputs = Sequence[Array | None]
+
+
+def evaluate(node: ir.Node, inputs: Inputs, opset: int) -> list[Array] | None:
+    """The node's outputs for known inputs, or None when that is not this module's business.
+
+    Args:
+        node: of the ai.onnx domain.
+        inputs: one array per input, None for an absent optional one.
+        opset: version of the ai.onnx domain.
+    """
+    function = _TABLE.get(node.op_type)
+    if function is None or node.domain not in ("", "ai.onnx"):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            outputs = function(node, inputs, opset)
+    except (ValueError, IndexError, TypeError, ZeroDivisionError, KeyError, OverflowError):
+        return None  # malformed: shape inference or ONNX Runtime will say so with more to tell
+    outputs = [np.asarray(output) for output in outputs]
+    return outputs if all(output.size <= MAX_ELEMENTS for output in outputs) else None
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.value)
+
+
+def _ints(node: ir.Node, name: str, inputs: Inputs, index: int) -> list[int] | None:
+    """Axes and the like: an input in newer opsets, an attribute in older ones."""
+    if len(inputs) > index and (given := inputs[index]) is not None:
+        return [int(item) for item in given.reshape(-1)]
+    attribute = node.attributes.get(name)
+    return None if attribute is None else [int(item) for item in attribute.value]
+
+
+def _elementwise(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+    return lambda node, inputs, opset: [function(*inputs)]
+
+
+def _fold(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+        result = inputs[0]
+        for other in inputs[1:]:
+            result = function(result, other)
+        return [np.asarray(result)]
+
+    return run
+
+
+def _divide(a: Array, b: Array) -> Array:
+    if np.issubdtype(a.dtype, np.integer):  # ONNX truncates towards zero, NumPy floors
+        return np.asarray(np.sign(a) * np.sign(b) * (abs(a) // abs(b)), a.dtype)
+    return np.asarray(a / b)
+
+
+def _modulo(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    function = np.fmod if _int(node, "fmod", 0) else np.mod
+    return [function(inputs[0], inputs[1])]
+
+
+def _cast(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    return [inputs[0].astype(ir.DataType(_int(node, "to", 1)).numpy())]  # type: ignore[union-attr]
+
+
+def _gather(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    return [np.take(inputs[0], inputs[1].astype(np.int64), axis=_int(node, "axis", 0))]  # type: ignore[arg-type, union-attr]
+
+
+def _concat(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    return [np.concatenate(inputs, axis=_int(node, "axis", 0))]  # type: ignore[arg-type]
+
+
+def slices(node: ir.Node, inputs: Inputs, rank: int) -> tuple[slice, ...]:
+    """The index expression of a Slice node over a tensor of `rank` axes.
+
+    Raises:
+        ValueError: starts or ends are missing.
+    """
+    starts, ends = _ints(node, "starts", inputs, 1), _ints(node, "ends", inputs, 2)
+    if starts is None or ends is None:
+        raise ValueError("Slice without starts or ends")
+    axes = _ints(node, "axes", inputs, 3) or list(range(len(starts)))
+    steps = _ints(node, "steps", inputs, 4) or [1] * len(starts)
+    index = [slice(None)] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        # An end beyond the front means "through element 0", which Python spells None.
+        stop = None if step < 0 and end < -(2**30) else end
+        index[axis] = slice(start, stop, step)
+    return tuple(index)
+
+
+def _slice(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data = inputs[0]
+    assert data is not None
+    return [data[slices(node, inputs, data.ndim)]]
+
+
+def _squeeze(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    axes = _ints(node, "axes", inputs, 1)
+    return [np.squeeze(inputs[0], axis=None if axes is None else tuple(axes))]  # type: ignore[arg-type]
+
+
+def _unsqueeze(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    return [np.expand_dims(inputs[0], tuple(_ints(node, "axes", inputs, 1) or ()))]  # type: ignore[arg-type]
+
+
+def _reshape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, shape = inputs[0], _ints(node, "shape", inputs, 1)
+    assert data is not None
+    assert shape is not None
+    if not _int(node, "allowzero", 0):
+        shape = [data.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
+    return [data.reshape(shape)]
+
+
+def _reduce(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+        axes = _ints(node, "axes", inputs, 1)
+        if axes is None and _int(node, "noop_with_empty_axes", 0):
+            return [np.asarray(inputs[0])]
+        axis = None if axes is None else tuple(axes)
+        return [function(inputs[0], axis=axis, keepdims=bool(_int(node, "keepdims", 1)))]
+
+    return run
+
+
+def _constant_of_shape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    shape = [int(size) for size in inputs[0].reshape(-1)]  # type: ignore[union-attr]
+    if np.prod(shape, dtype=np.float64) > MAX_ELEMENTS:
+        raise ValueError("large")
+    attribute = node.attributes.get("value")
+    value = np.zeros(1, np.float32) if attribute is None else attribute.value.numpy()
+    return [np.full(shape, value.reshape(-1)[0])]
+
+
+def _range(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    start, limit, delta = (item.reshape(-1)[0] for item in inputs)  # type: ignore[union-attr]
+    if (limit - start) / delta > MAX_ELEMENTS:
+        raise ValueError("large")
+    return [np.arange(start, limit, delta, dtype=start.dtype)]
+
+
+def _expand(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, shape = inputs[0], [int(size) for size in inputs[1]]  # type: ignore[union-attr]
+    return [np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(shape)))]  # type: ignore[arg-type, union-attr]
+
+
+def _split(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    sizes = _ints(node, "split", inputs, 1)
+    where: Any = len(node.outputs) if sizes is None else list(np.cumsum(sizes)[:-1])
+    return list(np.split(inputs[0], where, axis=_int(node, "axis", 0)))  # type: ignore[arg-type]
+
+
+def _transpose(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    attribute = node.attributes.get("perm")
+    return [np.transpose(inputs[0], None if attribute is None else attribute.value)]  # type: ignore[arg-type]
+
+
+_TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
+    "Identity": _elementwise(lambda x: x),
+    "Abs": _elementwise(np.abs),
+    "Neg": _elementwise(np.negative),
+    "Floor": _elementwise(np.floor),
+    "Ceil": _elementwise(np.ceil),
+    "Round": _elementwise(np.rint),
+    "Sqrt": _elementwise(np.sqrt),
+    "Not": _elementwise(np.logical_not),
+    "Add": _elementwise(np.add),
+    "Sub": _elementwise(np.subtract),
+    "Mul": _elementwise(np.multiply),
+    "Div": _elementwise(_divide),
+    "Pow": _elementwise(lambda x, y: np.power(x, y).astype(x.dtype)),
+    "Mod": _modulo,
+    "Min": _fold(np.minimum),
+    "Max": _fold(np.maximum),
+    "Equal": _elementwise(np.equal),
+    "Less": _elementwise(np.less),
+    "LessOrEqual": _elementwise(np.less_equal),
+    "Greater": _elementwise(np.greater),
+    "GreaterOrEqual": _elementwise(np.greater_equal),
+    "And": _elementwise(np.logical_and),
+    "Or": _elementwise(np.logical_or),
+    "Where": _elementwise(np.where),
+    "Cast": _cast,
+    "Gather": _gather,
+    "Concat": _concat,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Reshape": _reshape,
+    "Flatten": lambda node, inputs, opset: [inputs[0].reshape(1, -1)]  # type: ignore[union-attr]
+    if _int(node, "axis", 1) == 0
+    else [inputs[0].reshape(inputs[0].shape[0], -1)],  # type: ignore[union-attr]
+    "Transpose": _transpose,
+    "Expand": _expand,
+    "Tile": _elementwise(lambda data, repeats: np.tile(data, [int(n) for n in repeats])),
+    "Range": _range,
+    "ConstantOfShape": _constant_of_shape,
+    "ReduceProd": _reduce(np.prod),
+    "ReduceSum": _reduce(np.sum),
+    "ReduceMin": _reduce(np.min),
+    "ReduceMax": _reduce(np.max),
+}

@@ -1,0 +1,84 @@
+"""Brings constants apart that an exporter merged, so that every layer owns what it slices.
+
+Exporters store equal initializers once: the zero biases of two unrelated layers, or the unit
+scales of two normalisations, become one tensor with two readers, directly or behind `Identity`
+nodes. Sliced as it stands, one layer's cut would be forced on the other. Vectors are therefore
+given to each reader as its own copy; where the readers are cut alike, surgery merges the copies
+back. Matrices with several readers (tied embeddings, Siamese branches) are tied on purpose and
+stay one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+
+def unshare(model: ir.Model) -> Mapping[str, str]:
+    """Gives each reader of a shared vector its own copy, in place.
+
+    Returns:
+        name of each new initializer → name of the constant it copies.
+    """
+    graph = model.graph
+    copies: dict[str, str] = {}
+    before = len(graph.initializers)
+    for node in list(graph):
+        if node.op_type == "Identity" and node.domain == "":
+            _absorb_identity(graph, node, copies)
+    for value in list(graph.initializers.values()):
+        if not _is_vector(value):
+            continue
+        for user, index in list(value.uses())[1:]:
+            name = _free_name(graph, f"{value.name}__{index}_of_{user.outputs[0].name}")
+            user.replace_input_with(index, _add_copy(graph, name, value))
+            copies[name] = copies.get(str(value.name), str(value.name))
+    if model.ir_version < 4:  # where the specification wants every initializer among the inputs
+        graph.inputs.extend(list(graph.initializers.values())[before:])
+    return copies
+
+
+def _absorb_identity(graph: ir.Graph, node: ir.Node, copies: dict[str, str]) -> None:
+    """Replaces Identity(initializer): a vector by a copy, a matrix by the initializer itself."""
+    source, alias = node.inputs[0], node.outputs[0]
+    if source is None or not source.is_initializer():
+        return
+    if alias.is_graph_output() or source.graph is not graph:
+        return
+    name = alias.name or ""
+    if _is_vector(source):
+        alias.name = None  # the copy takes over the alias's name
+        replacement = _add_copy(graph, name, source)
+        copies[name] = copies.get(str(source.name), str(source.name))
+    else:
+        replacement = source
+    alias.replace_all_uses_with(replacement)
+    graph.remove(node, safe=True)
+
+
+def _is_vector(value: ir.Value) -> bool:
+    """Whether a constant has one axis longer than 1 and floating-point or quantised content."""
+    if value.const_value is None or value.is_graph_output():
+        return False
+    shape = value.const_value.shape.numpy()
+    one_axis = int(np.prod(shape, dtype=np.int64)) == max(shape, default=1) > 1
+    return one_axis and value.const_value.dtype not in (ir.DataType.INT64, ir.DataType.STRING)
+
+
+def _add_copy(graph: ir.Graph, name: str, source: ir.Value) -> ir.Value:
+    assert source.const_value is not None
+    tensor = ir.Tensor(source.const_value.numpy(), dtype=source.const_value.dtype, name=name)
+    value = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _free_name(graph: ir.Graph, wish: str) -> str:
+    name, number = wish, 2
+    while name in graph.initializers:
+        name, number = f"{wish}_{number}", number + 1
+    return name

@@ -1,0 +1,335 @@
+"""Opens what a caller calls a model, and refuses what is not one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common
+
+from secateur.errors import Code, refuse
+
+# onnx_ir is told apart from the other model types by these; gs.Graph by its module, so that
+# onnx-graphsurgeon is never imported for the check.
+ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model | Any
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model in memory, weights memory-mapped where they lie in external files.
+
+    Attributes:
+        model: with local functions inlined and sparse initializers made dense.
+        sha256: hex digest of the serialised model as it was given.
+        size: bytes of it, external data included.
+        folder: where external data is looked for; None for a model that came as a value.
+    """
+
+    model: ir.Model
+    sha256: str
+    size: int
+    folder: pathlib.Path | None
+
+
+def open_model(source: ModelSource, *, external_data: bool = True) -> OpenedModel:
+    """Opens a path, bytes, `onnx.ModelProto`, `onnx_ir.Model` or `gs.Graph`.
+
+    Args:
+        source: the model. It is never modified.
+        external_data: whether weights may lie in files beside the model; a server says no.
+
+    Raises:
+        Refused: `INVALID_MODEL`, `UNSUPPORTED_VERSION`, `UNSAFE_EXTERNAL_DATA` or
+            `MISSING_EXTERNAL_DATA`.
+    """
+    folder: pathlib.Path | None = None
+    if isinstance(source, str | os.PathLike):
+        path = pathlib.Path(source)
+        folder = path.resolve().parent
+        try:
+            serialised = path.read_bytes()
+        except OSError as error:
+            raise refuse(
+                Code.INVALID_MODEL, f"{path} cannot be read: {error.strerror or error}"
+            ) from None
+    elif isinstance(source, bytes | bytearray | memoryview):
+        serialised = bytes(source)
+    else:
+        serialised = _as_proto(source).SerializeToString(deterministic=True)
+    proto = _parse(serialised)
+    digest, size = hashlib.sha256(serialised).hexdigest(), len(serialised)
+    del serialised
+    _check_versions(proto)
+    size += _check_external_data(proto, folder, external_data)
+    _densify(proto.graph)
+    model = _deserialise(proto)
+    if folder is not None:
+        ir.external_data.set_base_dir(model.graph, str(folder))
+    return OpenedModel(model=model, sha256=digest, size=size, folder=folder)
+
+
+def _as_proto(source: ModelSource) -> onnx.ModelProto:
+    if isinstance(source, onnx.ModelProto):
+        return source
+    if isinstance(source, ir.Model):
+        return ir.to_proto(source)
+    if type(source).__module__.partition(".")[0] == "onnx_graphsurgeon":
+        import onnx_graphsurgeon as gs
+
+        return gs.export_onnx(source)
+    raise TypeError(
+        f"a model is a path, bytes, onnx.ModelProto, onnx_ir.Model or gs.Graph, "
+        f"not {type(source).__name__}"
+    )
+
+
+def _parse(serialised: bytes) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    if not serialised:
+        raise refuse(Code.INVALID_MODEL, "the model is empty", expected="an ONNX file", found="0 B")
+    try:
+        proto.ParseFromString(serialised)
+    except (google.protobuf.message.DecodeError, RecursionError) as error:
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"not an ONNX file, cut short, or nested too deep: {error}",
+            found=f"{len(serialised)} bytes",
+            hint="Check that the file arrived whole.",
+        ) from None
+    if not proto.graph.node or not proto.graph.output:
+        raise refuse(
+            Code.INVALID_MODEL,
+            "the file parses but holds no graph with nodes and outputs",
+            expected="at least one node and one output",
+            found=f"{len(proto.graph.node)} nodes, {len(proto.graph.output)} outputs",
+        )
+    return proto
+
+
+def _check_versions(proto: onnx.ModelProto) -> None:
+    if not proto.opset_import:
+        raise refuse(Code.INVALID_MODEL, "the model imports no operator set")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise refuse(
+            Code.UNSUPPORTED_VERSION,
+            "the model's IR version is newer than supported",
+            expected=f"IR version {onnx.IR_VERSION} or older",
+            found=proto.ir_version,
+            hint="Export it with an older IR version, or upgrade secateur.",
+        )
+    newest = onnx.defs.onnx_opset_version()
+    for opset in proto.opset_import:
+        if opset.domain in ("", "ai.onnx") and opset.version > newest:
+            raise refuse(
+                Code.UNSUPPORTED_VERSION,
+                "the model's opset is newer than supported",
+                expected=f"ai.onnx opset {newest} or older",
+                found=opset.version,
+                hint="Convert it with onnx.version_converter, or upgrade secateur.",
+            )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph, its subgraphs included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+            for graph in attribute.graphs:
+                yield from _tensors(graph)
+
+
+def _check_external_data(
+    proto: onnx.ModelProto, folder: pathlib.Path | None, allowed: bool
+) -> int:
+    """Checks every external reference before anything opens it; returns their bytes."""
+    total = 0
+    tensors = list(_tensors(proto.graph))
+    for function in proto.functions:
+        tensors.extend(_node_tensors(function.node))
+    for tensor in tensors:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if not allowed or folder is None:
+            raise refuse(
+                Code.UNSAFE_EXTERNAL_DATA,
+                f"tensor {tensor.name!r} refers to the file {location!r} outside the model",
+                nodes=(tensor.name,),
+                hint="Send one file: onnx.save(onnx.load(path), out, save_as_external_data=False).",
+            )
+        total += _check_reference(tensor.name, location, entries, folder)
+    return total
+
+
+def _check_reference(
+    name: str, location: str, entries: dict[str, str], folder: pathlib.Path
+) -> int:
+    path = folder / location
+    inside = not pathlib.PurePath(location).is_absolute() and path.resolve().is_relative_to(folder)
+    if not location or not inside or path.is_symlink():
+        raise refuse(
+            Code.UNSAFE_EXTERNAL_DATA,
+            f"tensor {name!r} refers to {location!r}, which is not a plain file inside the "
+            "model's folder",
+            nodes=(name,),
+            expected="a relative path without links",
+            found=location,
+        )
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+        size = path.stat().st_size
+    except FileNotFoundError:
+        size, offset, length = -1, 0, 0
+    except ValueError:
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"tensor {name!r} has an offset or length that is no number",
+            nodes=(name,),
+        ) from None
+    if offset < 0 or length < 0 or size < offset + length:
+        raise refuse(
+            Code.MISSING_EXTERNAL_DATA,
+            f"file {location!r} of tensor {name!r} is missing or too short",
+            nodes=(name,),
+            expected=f"{length} bytes at offset {offset}",
+            found="no such file" if size < 0 else f"a file of {size} bytes",
+            hint="Put the data file beside the model.",
+        )
+    return length
+
+
+def _densify(graph: onnx.GraphProto) -> None:
+    """Makes sparse initializers dense: onnx_ir drops them silently."""
+    for sparse in graph.sparse_initializer:
+        values = onnx.numpy_helper.to_array(sparse.values)
+        indices = onnx.numpy_helper.to_array(sparse.indices)
+        shape = tuple(sparse.dims)
+        if int(np.prod(shape, dtype=np.float64)) > 2**31:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"sparse initializer {sparse.values.name!r} is too large to make dense",
+                nodes=(sparse.values.name,),
+            )
+        dense = np.zeros(shape, values.dtype)
+        try:
+            if indices.ndim == 2:
+                dense[tuple(indices.T)] = values
+            else:
+                dense.reshape(-1)[indices] = values
+        except (IndexError, ValueError) as error:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"sparse initializer {sparse.values.name!r}: {error}",
+                nodes=(sparse.values.name,),
+            ) from None
+        graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+    del graph.sparse_initializer[:]
+
+
+def _deserialise(proto: onnx.ModelProto) -> ir.Model:
+    """The graph as onnx_ir holds it: inlined, in order, every name defined and unique."""
+    try:
+        model = ir.from_proto(proto)
+        if model.functions:
+            onnx_ir.passes.common.InlinePass()(model)
+            onnx_ir.passes.common.RemoveUnusedFunctionsPass()(model)
+        if not _is_sorted(model.graph):
+            model.graph.sort()
+    except Exception as error:  # hostile files reach every corner of a deserialiser
+        raise refuse(Code.INVALID_MODEL, f"the graph cannot be read: {error}") from None
+    _check_names(model.graph)
+    _name_nodes_uniquely(model.graph)
+    return model
+
+
+def _is_sorted(graph: ir.Graph) -> bool:
+    seen: set[ir.Node] = set()
+    for node in graph:
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer.graph is graph and producer not in seen:
+                return False
+        seen.add(node)
+    return True
+
+
+def _check_names(graph: ir.Graph) -> None:
+    defined: set[str] = set()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        if not value.name:
+            raise refuse(Code.INVALID_MODEL, "a graph input or initializer has no name")
+        defined.add(value.name)
+    for initializer in graph.initializers.values():
+        if initializer.const_value is None:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"initializer {initializer.name!r} holds no data",
+                nodes=(str(initializer.name),),
+            )
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.name not in defined:
+                raise refuse(
+                    Code.INVALID_MODEL,
+                    f"node {node_label(node)!r} reads {value.name!r}, which nothing defines",
+                    nodes=(node_label(node),),
+                )
+        for value in node.outputs:
+            if value.name and value.name in defined:
+                raise refuse(
+                    Code.INVALID_MODEL,
+                    f"{value.name!r} is defined twice",
+                    nodes=(node_label(node),),
+                )
+            defined.add(value.name or "")
+    for value in graph.outputs:
+        if value.name not in defined:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"graph output {value.name!r} is produced by no node",
+                nodes=(str(value.name),),
+            )
+
+
+def _name_nodes_uniquely(graph: ir.Graph) -> None:
+    """ONNX Runtime rejects two nodes of one name; unnamed ones it takes."""
+    taken = {node.name for node in graph if node.name}
+    seen: set[str] = set()
+    for node in graph:
+        if not node.name:
+            continue
+        if node.name in seen:
+            number = 2
+            while f"{node.name}__{number}" in taken:
+                number += 1
+            node.name = f"{node.name}__{number}"
+            taken.add(node.name)
+        seen.add(node.name)
+
+
+def node_label(node: ir.Node) -> str:
+    """What people call a node: its name, or its first output's when it has none."""
+    if node.name:
+        return node.name
+    return next((value.name for value in node.outputs if value.name), None) or node.op_type

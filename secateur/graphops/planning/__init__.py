@@ -1,0 +1,1 @@
+"""Which units go: scores and targets become a decision."""

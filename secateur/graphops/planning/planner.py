@@ -1,0 +1,231 @@
+"""Orders the units and takes as many as the targets ask for.
+
+All candidates form one sequence of steps, each the units that leave one group together (one, or
+a rounding step). Local scope orders the steps by the share of their group that is gone after
+them, so that every group shrinks alike; global scope by score. Every target is a prefix of that
+sequence, found by bisection; what the last step overshoots is given back where it fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.errors import Code, Refused, refuse
+from secateur.graphops.coupling.units import Coupling, UnitGroup
+from secateur.graphops.planning import cost
+from secateur.recipe import Recipe
+
+Mask = npt.NDArray[np.bool_]
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Units that leave one group together.
+
+    Attributes:
+        key: steps go in ascending order of it.
+        group: index of the group.
+        units: what goes.
+        left: units of the group that stay after this step.
+    """
+
+    key: float
+    group: int
+    units: npt.NDArray[np.int32]
+    left: int
+
+
+def choose(coupling: Coupling, scores: Scores, recipe: Recipe, params_before: int) -> Mask:
+    """Which units stay: the decision that surgery carries out.
+
+    Args:
+        coupling: of the model.
+        scores: per unit number, entry 0 unused; low goes first.
+        recipe: targets, scope, granularity and rounding.
+        params_before: of the original, copies that unsharing made not counted.
+
+    Returns:
+        per unit number whether it stays; entry 0 is true.
+
+    Raises:
+        Refused: `NOTHING_TO_PRUNE` or `UNREACHABLE_TARGET` with the closest reachable value.
+    """
+    steps = sequence(coupling, scores, recipe)
+    if not steps:
+        raise refuse(
+            Code.NOTHING_TO_PRUNE,
+            "no group of channels can be cut",
+            nodes=tuple(f.reason.node for f in coupling.frozen[:5] if f.reason.node),
+            expected="at least one group with two units that may go",
+            found=f"{len(coupling.groups)} groups under this recipe",
+            hint="`secateur inspect` lists what is frozen and why.",
+        )
+    search = _Search(coupling, steps)
+    taken = 0
+    goals: list[tuple[Callable[[Mask], float], float]] = []
+    for target, fraction in recipe.target.items():
+        if target == "channels" and recipe.scope == "local":
+            continue
+        measure, original = _measure(coupling, target, params_before)
+        goals.append((measure, fraction * original))
+        taken = max(taken, search.prefix(target, measure, fraction, original))
+    gone = np.zeros(len(steps), np.bool_)
+    gone[:taken] = True
+    fixed = np.zeros(len(steps), np.bool_)
+    if recipe.scope == "local" and "channels" in recipe.target:
+        fixed = _local_share(coupling, steps, recipe.target["channels"])
+        gone |= fixed
+    search.give_back(gone, fixed, goals)
+    return search.keep(gone)
+
+
+def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
+    """All steps in the order in which they may go."""
+    protected = _protected(coupling, scores)
+    steps: list[Step] = []
+    for index, group in enumerate(coupling.groups):
+        if group.kind in recipe.granularity:
+            steps += _steps(index, group, scores, protected, recipe)
+    return sorted(steps, key=lambda step: (step.key, step.group, -step.left))
+
+
+def _protected(coupling: Coupling, scores: Scores) -> Mask:
+    """The best unit of every range of which something must stay."""
+    protected = np.zeros(coupling.count + 1, np.bool_)
+    for segment in coupling.segments:
+        if segment.size and segment.all():
+            protected[segment[np.argmax(scores[segment])]] = True
+    return protected
+
+
+def _steps(
+    index: int, group: UnitGroup, scores: Scores, protected: Mask, recipe: Recipe
+) -> list[Step]:
+    """The steps of one group: lowest scores first, kept counts multiples of the rounding."""
+    total = group.units.size
+    multiple = rounding(group, recipe.round_to)
+    candidates = group.units[~protected[group.units]]
+    order = candidates[np.lexsort((candidates, scores[candidates]))]
+    most = min(total - multiple, order.size)
+    mean = float(scores[group.units].mean()) or 1.0
+    steps: list[Step] = []
+    gone, key = 0, -math.inf
+    size = total % multiple or multiple
+    while gone + size <= most:
+        units = order[gone : gone + size]
+        gone += size
+        size = multiple
+        if recipe.scope == "local":
+            key = gone / total
+        else:
+            key = max(key, float(scores[units].mean()) / mean)
+        steps.append(Step(key, index, units, total - gone))
+    return steps
+
+
+def rounding(group: UnitGroup, round_to: int) -> int:
+    """How many units make the kept positions of every axis a multiple of `round_to`."""
+    return math.lcm(*(round_to // math.gcd(round_to, times) for times in group.axes.values()))
+
+
+def _measure(
+    coupling: Coupling, target: str, params_before: int
+) -> tuple[Callable[[Mask], float], float]:
+    """What a target counts, and its value for the original."""
+    if target == "channels":
+        return (lambda keep: float(keep[1:].sum())), float(coupling.count)
+    if target == "params":
+        return cost.params(coupling).of, float(params_before)
+    macs = cost.macs(coupling)
+    return macs.of, float(macs.of(np.ones(coupling.count + 1, np.bool_)))
+
+
+def _local_share(coupling: Coupling, steps: Sequence[Step], fraction: float) -> Mask:
+    """Steps that bring each group down to the share; one unit or rounding step always stays."""
+    gone = np.zeros(len(steps), np.bool_)
+    for place, step in enumerate(steps):
+        total = coupling.groups[step.group].units.size
+        before = step.left + step.units.size
+        gone[place] = before > fraction * total + 1e-9
+    return gone
+
+
+class _Search:
+    """Bisection over prefixes of the sequence."""
+
+    def __init__(self, coupling: Coupling, steps: Sequence[Step]) -> None:
+        self._count = coupling.count
+        self._steps = steps
+
+    def keep(self, gone: Mask) -> Mask:
+        """The units that stay when the marked steps go."""
+        keep = np.ones(self._count + 1, np.bool_)
+        for place in np.flatnonzero(gone):
+            keep[self._steps[place].units] = False
+        return keep
+
+    def _after(self, taken: int) -> Mask:
+        keep = np.ones(self._count + 1, np.bool_)
+        if taken:
+            keep[np.concatenate([step.units for step in self._steps[:taken]])] = False
+        return keep
+
+    def prefix(
+        self, target: str, measure: Callable[[Mask], float], fraction: float, original: float
+    ) -> int:
+        """The fewest steps that meet a target.
+
+        Raises:
+            Refused: `UNREACHABLE_TARGET` when all of them do not.
+        """
+        low, high = 0, len(self._steps)
+        least = measure(self._after(high))
+        if least > fraction * original:
+            raise _unreachable(target, fraction, least / original)
+        while low < high:
+            middle = (low + high) // 2
+            if measure(self._after(middle)) <= fraction * original:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def give_back(
+        self, gone: Mask, fixed: Mask, goals: Sequence[tuple[Callable[[Mask], float], float]]
+    ) -> None:
+        """Takes back steps, last first, as long as all goals still hold; edits `gone`."""
+        if not goals:
+            return
+        while True:
+            changed = False
+            last: dict[int, int] = {}
+            for place in np.flatnonzero(gone):
+                last[self._steps[place].group] = int(place)
+            for place in sorted(last.values(), reverse=True):
+                if fixed[place]:
+                    continue
+                gone[place] = False
+                keep = self.keep(gone)
+                if all(measure(keep) <= limit for measure, limit in goals):
+                    changed = True
+                else:
+                    gone[place] = True
+            if not changed:
+                return
+
+
+def _unreachable(target: str, fraction: float, closest: float) -> Refused:
+    return refuse(
+        Code.UNREACHABLE_TARGET,
+        f"target {target}={fraction:g} cannot be reached",
+        expected=f"{target} at most {fraction:g} of the original",
+        found=f"{closest:.4f} with everything gone that may go",
+        hint=f"Ask for {target}={math.ceil(closest * 1000) / 1000:g} or more; `secateur inspect` "
+        "lists what is frozen and why.",
+    )

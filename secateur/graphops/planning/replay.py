@@ -1,0 +1,82 @@
+"""Replaying a saved plan: from kept indices back to units, checked against the coupling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.errors import Code, refuse
+from secateur.graphops.coupling.units import Coupling
+from secateur.plan import Plan
+
+
+def units_kept(
+    plan: Plan, coupling: Coupling, copies: Mapping[str, str], sha256: str
+) -> npt.NDArray[np.bool_]:
+    """Per unit number whether it stays under a plan.
+
+    Args:
+        plan: to replay.
+        coupling: of the model it is replayed on.
+        copies: name of each copy that unsharing made → name of its source.
+        sha256: of that model.
+
+    Raises:
+        Refused: `INVALID_PLAN` when the plan is for another model, names what the model does not
+            have, or keeps part of what goes together.
+    """
+    if plan.source != sha256:
+        raise refuse(
+            Code.INVALID_PLAN,
+            "the plan was made for another model",
+            expected=f"SHA-256 {plan.source}",
+            found=sha256,
+        )
+    keep = np.ones(coupling.count + 1, np.bool_)
+    stated: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+    for entry in plan.kept:
+        for axis, indices in entry.axes.items():
+            units = coupling.axes(entry.tensor).get(axis)
+            if units is None or (indices and (min(indices) < 0 or max(indices) >= units.size)):
+                raise refuse(
+                    Code.INVALID_PLAN,
+                    f"axis {axis} of tensor {entry.tensor!r} cannot be cut like this",
+                    nodes=(entry.tensor,),
+                    expected="a tensor and axis of `secateur inspect`, indices inside it",
+                    found=f"{len(indices)} indices",
+                )
+            mask = np.zeros(units.size, np.bool_)
+            mask[list(indices)] = True
+            stated[entry.tensor, axis] = mask
+            keep[units[~mask]] = False
+    _check_consistent(stated, keep, coupling, copies)
+    return keep
+
+
+def _check_consistent(
+    stated: Mapping[tuple[str, int], npt.NDArray[np.bool_]],
+    keep: npt.NDArray[np.bool_],
+    coupling: Coupling,
+    copies: Mapping[str, str],
+) -> None:
+    if not keep[0]:
+        raise refuse(Code.INVALID_PLAN, "the plan cuts positions that cannot be cut")
+    for name in coupling.constants:
+        for axis, units in coupling.axes(name).items():
+            mask = keep[units]
+            # A copy that was cut as its source is merged back, and then the plan names the source.
+            said = stated.get((name, axis), stated.get((copies.get(name, name), axis)))
+            if not mask.all() and (said is None or not np.array_equal(said, mask)):
+                raise refuse(
+                    Code.INVALID_PLAN,
+                    f"the plan keeps part of what goes together, at axis {axis} of {name!r}",
+                    nodes=(name,),
+                    expected=f"{int(mask.sum())} kept of {mask.size}",
+                    found="all" if said is None else str(int(said.sum())),
+                )
+            if not mask.any():
+                raise refuse(
+                    Code.INVALID_PLAN, f"the plan leaves nothing of axis {axis} of {name!r}"
+                )

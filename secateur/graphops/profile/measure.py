@@ -1,0 +1,81 @@
+"""Latency and memory in ONNX Runtime.
+
+Machines are noisy, so original and result take turns: whatever slows one run slows its
+neighbour too, and the ratio stands even where the milliseconds do not.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from secateur.graphops.calibration import Feeds
+from secateur.report import Latency
+
+
+def alternate(
+    sessions: Sequence[ort.InferenceSession], feeds: Feeds, *, seconds: float, runs: int = 200
+) -> list[Latency]:
+    """Latency of several models on the same inputs, run in turns.
+
+    Args:
+        sessions: to measure.
+        feeds: for each of them.
+        seconds: to spend altogether; at least three turns are taken.
+        runs: turns at most.
+    """
+    times: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        session.run(None, feeds)  # first runs allocate
+    deadline = time.perf_counter() + seconds
+    while len(times[0]) < runs and (len(times[0]) < 3 or time.perf_counter() < deadline):
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feeds)
+            taken.append((time.perf_counter() - start) * 1e3)
+    return [
+        Latency(
+            p50_ms=round(float(np.percentile(taken, 50)), 4),
+            p95_ms=round(float(np.percentile(taken, 95)), 4),
+            runs=len(taken),
+        )
+        for taken in times
+    ]
+
+
+_MEASURE = """
+import resource, sys
+import numpy as np, onnxruntime as ort
+feeds = dict(np.load(sys.argv[2], allow_pickle=False))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+options = ort.SessionOptions()
+options.log_severity_level = 4
+session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, feeds)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def peak_memory(path: str, feeds_path: str) -> int | None:
+    """Bytes by which a fresh process grows while it loads and runs a model.
+
+    Args:
+        path: of the model.
+        feeds_path: `.npz` with its inputs.
+
+    Returns:
+        None where the process fails or the platform does not tell.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, path, feeds_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None

@@ -1,0 +1,27 @@
+"""What is known of each operator; importing this package fills the registry.
+
+| file | family |
+|---|---|
+| elementwise | unary, and everything that broadcasts |
+| contraction | Conv, ConvTranspose, Gemm, MatMul, Einsum |
+| movement | transposes, reshapes and other changes of axes |
+| indexing | Slice, Split, Gather, Concat, Pad |
+| reduction | reductions, Softmax, ArgMax |
+| normalisation | Batch-, Layer-, Group-, Instance-, RMS- and LRNormalization |
+| spatial | pooling, Resize, depth-to-space |
+| source | Constant, ConstantOfShape, Shape arithmetic |
+"""
+
+from secateur.graphops.rules import (  # noqa: F401  importing registers
+    contraction,
+    elementwise,
+    indexing,
+    movement,
+    normalisation,
+    reduction,
+    source,
+    spatial,
+)
+from secateur.graphops.rules.registry import Rule, all_rules, find
+
+__all__ = ["Rule", "all_rules", "find"]

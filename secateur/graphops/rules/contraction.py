@@ -1,0 +1,263 @@
+"""Operators that multiply and sum: each is an einsum, said with letters.
+
+Sliced on the summed axis, both operands lose the same positions; the result is what it would be
+with zeros there. Sliced on any other axis, the result loses the same slice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.labels import FIXED, Block, Labels
+from secateur.graphops.coupling.units import Axis
+from secateur.graphops.rules.attributes import integer, operand, rank, text
+from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
+
+
+def _freeze_all(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
+    for value in node.inputs:
+        flow.freeze_value(value, node, code, detail)
+
+
+# -- Gemm, MatMul, Einsum ----------------------------------------------------------------------
+
+
+def couple_matmul(flow: Flow, node: ir.Node) -> None:
+    """`…mk, …kn → …mn` with broadcasting; vectors lack m or n."""
+    a, b = rank(flow, node.inputs[0]), rank(flow, node.inputs[1])
+    if a is None or b is None or 0 in (a, b):
+        return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+    batch = max(a, b) - 2
+    left = [*range(batch - (a - 2), batch), "m", "k"] if a > 1 else ["k"]
+    right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
+    result = [*range(max(batch, 0)), *(["m"] if a > 1 else []), *(["n"] if b > 1 else [])]
+    flow.set(node.outputs[0], flow.meet(node, [(0, left), (1, right)], result, heads=True))
+    return None
+
+
+def couple_gemm(flow: Flow, node: ir.Node) -> None:
+    """`α·A'·B' + β·C`: `mk, kn, mn → mn`, A and B possibly transposed, C broadcast."""
+    left = ["k", "m"] if integer(node, "transA", 0) else ["m", "k"]
+    right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
+    operands: list[tuple[int, list[str]]] = [(0, left), (1, right)]
+    if operand(node, 2) is not None:
+        bias = rank(flow, node.inputs[2])
+        if bias is None:
+            return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of C is not known")
+        operands.append((2, ["m", "n"][2 - bias :]))
+    flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
+    return None
+
+
+def couple_einsum(flow: Flow, node: ir.Node) -> None:
+    """As the equation says; diagonals (a letter twice in one term) are frozen."""
+    equation = text(node, "equation", "").replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    ranks = [rank(flow, value) for value in node.inputs]
+    if not arrow or None in ranks or any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in terms):
+        return _freeze_all(flow, node, "UNSUPPORTED_FORM", f"equation {equation!r}")
+    dots = max(r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True) if r is not None)
+    operands = [
+        (index, _letters(term, (ranks[index] or 0) - len(term.replace("...", "")), dots))
+        for index, term in enumerate(terms)
+    ]
+    letters = _letters(result, dots if "..." in result else 0, dots)
+    flow.set(node.outputs[0], flow.meet(node, operands, letters, heads=True))
+    return None
+
+
+def _letters(term: str, own: int, dots: int) -> list[str | int]:
+    """A term's letters, an ellipsis of `own` axes becoming the last of `dots` numbers."""
+    head, ellipsis, tail = term.partition("...")
+    middle: list[str | int] = list(range(dots - own, dots)) if ellipsis else []
+    return [*head, *middle, *tail]
+
+
+def macs_matmul(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+    """Size of the result × length of the sum."""
+    a = node.inputs[0]
+    last = (rank(flow, a) or 1) - 1
+    return 1, (*_all_axes(flow, node.outputs[0]), (str(a.name if a else ""), last))
+
+
+def macs_gemm(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+    """Size of the result × length of the sum."""
+    a = node.inputs[0]
+    k = 0 if integer(node, "transA", 0) else 1
+    return 1, (*_all_axes(flow, node.outputs[0]), (str(a.name if a else ""), k))
+
+
+def macs_einsum(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+    """Product of the sizes of all letters."""
+    equation = text(node, "equation", "").replace(" ", "").partition("->")[0]
+    axes: dict[str, Axis] = {}
+    for term, value in zip(equation.split(","), node.inputs, strict=True):
+        for axis, letter in enumerate(term.replace("...", "")):
+            axes.setdefault(letter, (str(value.name if value else ""), axis))
+    return 1, tuple(axes.values())
+
+
+def _all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
+    return tuple((str(value.name), axis) for axis in range(rank(flow, value) or 0))
+
+
+register("MatMul", "contraction", couple_matmul, macs=macs_matmul)
+register("Gemm", "contraction", couple_gemm, macs=macs_gemm, roles={1: "weight", 2: "bias"})
+register("Einsum", "contraction", couple_einsum, macs=macs_einsum)
+
+
+# -- convolutions ------------------------------------------------------------------------------
+#
+# Conv:          X (N, g·c, …), W (g·o, c, k…), B (g·o)  →  Y (N, g·o, …)
+# ConvTranspose: X (N, g·c, …), W (g·c, o, k…), B (g·o)  →  Y (N, g·o, …)
+#
+# With g > 1 the axes are matrices (g, c) and (g, o) of labels. Two cuts keep the groups equal:
+# whole groups (rows), or the same columns of every group. A tensor is sliced axis by axis, so
+# "the same number but other columns in each group" cannot be written down. Rows or columns is
+# decided by which gives more units; a depthwise convolution has only rows.
+
+
+def couple_conv(flow: Flow, node: ir.Node) -> None:
+    """Input channels meet the weight's, output channels are the weight's own."""
+    _couple_convolution(flow, node, out_axis=0)
+
+
+def couple_conv_transpose(flow: Flow, node: ir.Node) -> None:
+    """As Conv with the weight's first two axes exchanged."""
+    _couple_convolution(flow, node, out_axis=1)
+
+
+def _couple_convolution(flow: Flow, node: ir.Node, out_axis: int) -> None:
+    x, weight, bias = node.inputs[0], node.inputs[1], operand(node, 2)
+    shape = flow.shape(weight)
+    if x is None or weight is None or shape is None or None in shape[:2]:
+        return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
+    groups = integer(node, "group", 1)
+    for axis in range(2, len(shape)):
+        flow.freeze_axis(weight, axis, node, "KERNEL", "a position of the kernel")
+    for axis in range(2, rank(flow, x) or 2):
+        flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
+    flow.freeze_axis(x, 0, node, "BATCH", "the batch")
+    own = _line(flow, weight, out_axis, shape[out_axis] or 0)
+    shared = _line(flow, weight, 1 - out_axis, shape[1 - out_axis] or 0)
+    if groups == 1:
+        flow.join(node, _line(flow, x, 1, shared.size), shared)
+        flow.contract(node, 0, 1)
+        result = own
+    elif out_axis == 0:
+        result = _grouped(flow, node, _line(flow, x, 1, shared.size * groups), own, shared, groups)
+    else:
+        # W (g·c, o): its axis 0 runs with X, its axis 1 is each group's own outputs.
+        flow.join(node, _line(flow, x, 1, shared.size), shared)
+        result = _grouped_transpose(flow, node, shared, own, groups)
+    if bias is not None:
+        flow.join(node, _line(flow, bias, 0, result.size), result)
+    if result.any():
+        flow.set(node.outputs[0], (Block((1,), result),))
+    return None
+
+
+def _line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
+    """The labels along an axis, FIXED where it is bare."""
+    labels = flow.axis(value, axis)
+    return np.zeros(size, np.int32) if labels is None else labels
+
+
+def _prefer_rows(x: Labels, groups: int, *columns: int) -> bool:
+    """Whole groups, unless columns give more units or the input cannot be cut anyway."""
+    return groups >= max(columns) and FIXED not in x
+
+
+def _grouped(
+    flow: Flow, node: ir.Node, x: Labels, out: Labels, inner: Labels, groups: int
+) -> Labels:
+    """Conv with groups: X labels (g·c), W axis 0 (g·o), W axis 1 (c)."""
+    x, rows = x.reshape(groups, -1), out.reshape(groups, -1)
+    if _prefer_rows(x, groups, x.shape[1], rows.shape[1]):
+        flow.freeze(inner, node, "GROUPS", "whole groups go")
+        _equate(flow, node, np.concatenate([x, rows], axis=1))
+    else:
+        flow.join(node, x, np.broadcast_to(inner, x.shape))
+        _equate(flow, node, rows.T)
+        flow.contract(node, 0, 1)
+    return out
+
+
+def _grouped_transpose(
+    flow: Flow, node: ir.Node, x: Labels, inner: Labels, groups: int
+) -> Labels:
+    """ConvTranspose with groups: X and W axis 0 labels (g·c), W axis 1 (o)."""
+    rows = x.reshape(groups, -1)
+    if _prefer_rows(rows, groups, rows.shape[1], inner.size):
+        flow.freeze(inner, node, "GROUPS", "whole groups go")
+        _equate(flow, node, rows)
+        return np.repeat(rows[:, 0], inner.size)
+    _equate(flow, node, rows.T)
+    flow.contract(node, 0, 1)
+    return np.tile(inner, groups)
+
+
+def _equate(flow: Flow, node: ir.Node, matrix: Labels) -> None:
+    """Makes the labels of each row equal."""
+    if matrix.shape[1] > 1:
+        flow.join(node, np.repeat(matrix[:, :1], matrix.shape[1] - 1, axis=1), matrix[:, 1:])
+
+
+def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:
+    """The number of groups follows from the channels that stay: C / (channels per group)."""
+    _rewrite_groups(surgeon, node, weight_axis=1)
+
+
+def rewrite_conv_transpose(surgeon: Surgeon, node: ir.Node) -> None:
+    """The number of groups shrinks with W's axis 0 where whole groups went."""
+    groups = integer(node, "group", 1)
+    weight = node.inputs[1]
+    if groups == 1 or weight is None or not surgeon.changed(weight):
+        return
+    kept = surgeon.kept(weight, 0)
+    if kept is None:
+        return
+    per_group = kept.size // groups
+    left = int(kept.reshape(groups, per_group).any(axis=1).sum())
+    if left != groups:
+        surgeon.set_integer(node, "group", left)
+
+
+def _rewrite_groups(surgeon: Surgeon, node: ir.Node, weight_axis: int) -> None:
+    groups = integer(node, "group", 1)
+    x, weight = node.inputs[0], node.inputs[1]
+    if groups == 1 or x is None or weight is None or not surgeon.changed(x):
+        return
+    per_group = surgeon.size(weight, weight_axis)
+    if surgeon.size(x, 1) // per_group != groups:
+        surgeon.set_integer(node, "group", surgeon.size(x, 1) // per_group)
+
+
+def macs_conv(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+    """Result positions × the whole weight (Cout × Cin/groups × kernel)."""
+    y, weight = node.outputs[0], node.inputs[1]
+    axes = [a for a in _all_axes(flow, y) if a[1] != 1]
+    return 1, (*axes, *(_all_axes(flow, weight) if weight else ()))
+
+
+def macs_conv_transpose(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+    """Input positions × the whole weight (Cin × Cout/groups × kernel)."""
+    x, weight = node.inputs[0], node.inputs[1]
+    axes = [a for a in (_all_axes(flow, x) if x else ()) if a[1] != 1]
+    return 1, (*axes, *(_all_axes(flow, weight) if weight else ()))
+
+
+_ROLES = {1: "weight", 2: "bias"}
+register("Conv", "convolution", couple_conv, rewrite=rewrite_conv, macs=macs_conv, roles=_ROLES)
+register(
+    "ConvTranspose",
+    "convolution",
+    couple_conv_transpose,
+    rewrite=rewrite_conv_transpose,
+    macs=macs_conv_transpose,
+    roles=_ROLES,
+)

@@ -1,0 +1,88 @@
+"""Operators that work position by position.
+
+Unary ones carry the labels of their first input. The others broadcast: axes are aligned at the
+right and run together, so their labels meet.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.labels import BARE
+from secateur.graphops.rules.attributes import integer, operand, rank
+from secateur.graphops.rules.registry import register
+
+UNARY = (
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Cos Cosh Dropout Elu "
+    "Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
+    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
+    "Tanh ThresholdedRelu Clip"
+)
+BROADCASTING = (
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less "
+    "LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
+)
+
+
+def couple_unary(flow: Flow, node: ir.Node) -> None:
+    """Labels of the first input pass; further inputs are scalars or say only a type."""
+    blocks = flow.blocks(node.inputs[0])
+    for output in node.outputs:
+        flow.set(output, blocks)
+
+
+def couple_broadcast(flow: Flow, node: ir.Node) -> None:
+    """Axes aligned at the right run together."""
+    shape = flow.shape(node.outputs[0])
+    ranks = {index: rank(flow, value) for index, value in enumerate(node.inputs) if value}
+    if shape is None or None in ranks.values():
+        for value in node.inputs:
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
+    if _nothing_moves(flow, node):
+        return
+    letters = list(range(len(shape)))
+    operands = [(index, letters[len(shape) - (r or 0) :]) for index, r in ranks.items()]
+    flow.set(node.outputs[0], flow.meet(node, operands, letters))
+
+
+def _nothing_moves(flow: Flow, node: ir.Node) -> bool:
+    """Whether an activation without labels spans the whole result, as in mask arithmetic.
+
+    The constants it meets then stay whole; naming each such position would only cost time. Those
+    with other readers are frozen, so that nothing is cut from the other side.
+    """
+    shape = flow.shape(node.outputs[0])
+    spanning = False
+    for value in node.inputs:
+        if value is None or value.name in flow.constants:
+            continue
+        if flow.blocks(value):
+            return False
+        spanning |= flow.shape(value) == shape
+    if spanning:
+        flow.freeze_shared_constants(node)
+        flow.set(node.outputs[0], BARE)
+    return spanning
+
+
+def couple_quantize(flow: Flow, node: ir.Node) -> None:
+    """Scale and zero point run along `axis` when they are vectors (per-channel)."""
+    size = rank(flow, node.inputs[0])
+    scale = rank(flow, node.inputs[1])
+    if size is None or scale is None or scale > 1 or integer(node, "block_size", 0):
+        for value in node.inputs:
+            flow.freeze_value(value, node, "UNSUPPORTED_FORM", "blocked quantisation")
+        return
+    axis = integer(node, "axis", 1) % max(size, 1)
+    operands: list[tuple[int, list[int]]] = [(0, list(range(size)))]
+    for index in (1, 2):
+        if operand(node, index) is not None and rank(flow, node.inputs[index]) == 1:
+            operands.append((index, [axis]))
+    flow.set(node.outputs[0], flow.meet(node, operands, list(range(size))))
+
+
+register(UNARY, "unary", couple_unary)
+register(BROADCASTING, "broadcast", couple_broadcast)
+register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)

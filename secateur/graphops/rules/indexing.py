@@ -1,0 +1,316 @@
+"""Operators that take, cut and join ranges of an axis."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.labels import BARE, Block, Blocks, Labels, simplify, single
+from secateur.graphops.model import arithmetic
+from secateur.graphops.rules.attributes import (
+    KnowsValues,
+    integer,
+    integers,
+    integers_at,
+    operand,
+    rank,
+    text,
+)
+from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
+
+# -- Slice -------------------------------------------------------------------------------------
+
+
+def _slices(flow_values: list[object], node: ir.Node, size: int) -> tuple[slice, ...] | None:
+    try:
+        return arithmetic.slices(node, flow_values, size)  # type: ignore[arg-type]
+    except (ValueError, IndexError, TypeError):
+        return None
+
+
+def couple_slice(flow: Flow, node: ir.Node) -> None:
+    """The same slice of the labels; each range must keep at least one position."""
+    value, shape = node.inputs[0], flow.shape(node.inputs[0])
+    blocks = flow.blocks(value)
+    if not blocks or value is None:
+        return
+    index = None
+    if shape is not None:
+        values: list[object] = [None, *(flow.value(item) for item in node.inputs[1:])]
+        index = _slices(values, node, len(shape))
+    if index is None:
+        axes = integers_at(flow, node, 3, "axes")
+        every = axes is None or shape is None
+        for axis in range(len(shape or ())) if every else [a % len(shape or ()) for a in axes or ()]:
+            flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "a range not known beforehand")
+        flow.set(node.outputs[0], BARE if every else flow.blocks(value))
+        return
+    result = []
+    for block in flow.blocks(value):
+        cut = tuple(index[axis] for axis in block.axes)
+        labels = block.labels[cut]
+        if any(part.step not in (None, 1) and part != slice(None) for part in cut):
+            # Survivors of a strided range need not be evenly spaced.
+            flow.freeze(labels, node, "UNSUPPORTED_FORM", "a strided range of channels")
+        if labels.size != block.labels.size:
+            flow.keep_one(labels)
+        result.append(Block(block.axes, labels))
+    flow.set(node.outputs[0], tuple(result))
+
+
+def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
+    """Starts and ends count only the positions that stay."""
+    value = node.inputs[0]
+    if value is None or not surgeon.changed(value):
+        return
+    shape = surgeon.shape(value)
+    inputs = [None, *(surgeon.value(item) for item in node.inputs[1:])]
+    index = arithmetic.slices(node, inputs, len(shape))
+    axes_given = integers_at(surgeon, node, 3, "axes")
+    starts, ends = integers_at(surgeon, node, 1, "starts"), integers_at(surgeon, node, 2, "ends")
+    if starts is None or ends is None:
+        return
+    axes = [axis % len(shape) for axis in axes_given or range(len(starts))]
+    moved = False
+    for place, axis in enumerate(axes):
+        kept = surgeon.kept(value, axis)
+        if kept is None:
+            continue
+        start, stop, _ = index[axis].indices(shape[axis])
+        starts[place], ends[place] = int(kept[:start].sum()), int(kept[:stop].sum())
+        moved = True
+    if moved:
+        surgeon.set_integers_at(node, 1, "starts", starts)
+        surgeon.set_integers_at(node, 2, "ends", ends)
+
+
+# -- Split, Concat -----------------------------------------------------------------------------
+
+
+def couple_split(flow: Flow, node: ir.Node) -> None:
+    """Each output takes its range of the labels."""
+    value = node.inputs[0]
+    size = rank(flow, value)
+    if value is None or not flow.blocks(value):
+        return
+    axis = integer(node, "axis", 0) % (size or 1)
+    bounds = np.cumsum([(flow.shape(output) or {axis: None})[axis] or 0 for output in node.outputs])
+    total = (flow.shape(value) or {axis: None})[axis]
+    if not total or bounds[-1] != total:
+        flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the sizes are not known")
+        return
+    for output, start, stop in zip(node.outputs, [0, *bounds[:-1]], bounds, strict=True):
+        result: Blocks = BARE
+        for block in flow.blocks(value):
+            if axis not in block.axes:
+                result += (block,)
+                continue
+            part = block.labels.take(range(start, stop), axis=block.axes.index(axis))
+            flow.keep_one(part)
+            # A range of one head of a joint block leaves a plain axis of head positions.
+            result += simplify(Block(block.axes, part)) if part.ndim > 1 else single(axis, part)
+        flow.set(output, result)
+
+
+def rewrite_split(surgeon: Surgeon, node: ir.Node) -> None:
+    """Sizes are said explicitly, an attribute before opset 13 and an input since."""
+    value = node.inputs[0]
+    if value is None or not surgeon.changed(value):
+        return
+    axis = integer(node, "axis", 0) % len(surgeon.shape(value))
+    if surgeon.kept(value, axis) is None:
+        return
+    sizes = [surgeon.size(output, axis) for output in node.outputs]
+    if surgeon.opset(node) >= 18:
+        surgeon.drop_attribute(node, "num_outputs")
+    if surgeon.opset(node) >= 13:
+        surgeon.set_input(node, 1, sizes)
+    else:
+        surgeon.set_integers(node, "split", sizes)
+
+
+def couple_concat(flow: Flow, node: ir.Node) -> None:
+    """Labels one after another along the axis; along the others the operands run together."""
+    shape = flow.shape(node.outputs[0])
+    moving = [value for value in node.inputs if value and value.name not in flow.constants]
+    if moving and not any(flow.blocks(value) for value in moving):
+        flow.freeze_shared_constants(node)
+        return
+    if shape is None:
+        for value in node.inputs:
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
+    axis = integer(node, "axis", 1) % len(shape)
+    parts: list[Labels] = []
+    for value in node.inputs:
+        if value is None:
+            continue
+        size = (flow.shape(value) or {axis: None})[axis]
+        along = flow.axis(value, axis)
+        if size is None:
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the size is not known")
+            return
+        parts.append(np.zeros(size, np.int32) if along is None else along)
+    letters = [None if other == axis else other for other in range(len(shape))]
+    joined = np.concatenate(parts)
+    others = _meet_without(flow, node, letters, axis)
+    flow.set(node.outputs[0], others + single(axis, joined))
+
+
+def _meet_without(flow: Flow, node: ir.Node, letters: list[int | None], axis: int) -> Blocks:
+    """What holds along the axes that are not joined end to end."""
+    saved = {str(v.name): flow.blocks(v) for v in node.inputs if v is not None}
+    for name, blocks in saved.items():
+        flow.blocks_of[name] = tuple(block for block in blocks if axis not in block.axes)
+    operands = [(index, letters) for index, value in enumerate(node.inputs) if value is not None]
+    result = flow.meet(node, operands, [-1 if x is None else x for x in letters])
+    flow.blocks_of.update(saved)
+    return result
+
+
+# -- Gather ------------------------------------------------------------------------------------
+
+
+def couple_gather(flow: Flow, node: ir.Node) -> None:
+    """Known indices take the same labels. Unknown ones (an embedding) freeze the indexed axis."""
+    data, indices = node.inputs[0], node.inputs[1]
+    size, wide = rank(flow, data), rank(flow, indices)
+    if data is None or not flow.blocks(data):
+        return
+    if size is None or wide is None:
+        return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
+    axis = integer(node, "axis", 0) % size
+    known = flow.value(indices)
+    if known is None or not flow.shapes.fixed_entries(str(indices.name if indices else "")).all():  # type: ignore[union-attr]
+        flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
+        known = None
+    result: Blocks = BARE
+    for block in flow.blocks(data):
+        places = [a if a < axis else a + wide - 1 for a in block.axes if a != axis]
+        if axis not in block.axes:
+            result += (Block(tuple(places), block.labels),)
+        elif known is not None:
+            result += _gather_block(flow, node, block, axis, known, places)
+    return flow.set(node.outputs[0], result)
+
+
+def _gather_block(
+    flow: Flow, node: ir.Node, block: Block, axis: int, known: np.ndarray, places: list[int]
+) -> Blocks:
+    place = block.axes.index(axis)
+    labels = block.labels.take(known.astype(np.int64), axis=place)
+    if known.ndim == 0 and block.labels.ndim == 1:
+        flow.freeze(labels, node, "INDEXED", "is taken by its position")
+        return BARE
+    flow.keep_one(labels)
+    taken = list(range(axis, axis + known.ndim))
+    axes = sorted([*places, *taken])
+    if axes != [*places[:place], *taken, *places[place:]]:
+        flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "indices between joint axes")
+        return BARE
+    return simplify(Block(tuple(axes), labels))
+
+
+def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
+    """Indices are renumbered to the positions that stay; those of cut positions go."""
+    data, indices = node.inputs[0], node.inputs[1]
+    if data is None or not surgeon.changed(data):
+        return
+    axis = integer(node, "axis", 0) % len(surgeon.shape(data))
+    kept, known = surgeon.kept(data, axis), surgeon.value(indices)
+    if kept is None or known is None:
+        return
+    renumbered = np.cumsum(kept) - 1
+    wanted = known.astype(np.int64) % kept.size
+    for taken in range(known.ndim):
+        stay = surgeon.kept(node.outputs[0], axis + taken)
+        if stay is not None:
+            wanted = wanted.compress(stay, axis=taken)
+    surgeon.set_input(node, 1, renumbered[wanted], like=known.dtype)
+
+
+# -- Pad ---------------------------------------------------------------------------------------
+
+
+def couple_pad(flow: Flow, node: ir.Node) -> None:
+    """Constant padding of a labelled axis makes positions that the node can leave out again."""
+    value, shape = node.inputs[0], flow.shape(node.inputs[0])
+    blocks = flow.blocks(value)
+    if not blocks or value is None:
+        return
+    pads = _pads(flow, node, len(shape or ()))
+    result: Blocks = BARE
+    for axis in {axis for block in blocks for axis in block.axes}:
+        front, back = (None, None) if pads is None else (pads[0][axis], pads[1][axis])
+        if front == 0 and back == 0:
+            continue
+        if front is None or back is None or front < 0 or back < 0 or text(node, "mode", "constant") != "constant":
+            flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "is padded in a way that moves channels")
+            continue
+        along = flow.axis(value, axis)
+        assert along is not None
+        result += single(axis, np.concatenate([flow.fresh(front), along, flow.fresh(back)]))
+    padded = {block.axes[0] for block in result}
+    frozen_or_whole = tuple(
+        block
+        for block in flow.blocks(value)
+        if not padded & set(block.axes)
+        and (pads is not None)
+        and all(pads[0][a] == 0 and pads[1][a] == 0 for a in block.axes)
+    )
+    flow.set(node.outputs[0], frozen_or_whole + result)
+
+
+def _pads(known_by: KnowsValues, node: ir.Node, size: int) -> tuple[list[int], list[int]] | None:
+    """Front and back padding of every axis."""
+    given = integers_at(known_by, node, 1, "pads") or integers(node, "paddings")
+    if given is None:
+        return None
+    axes = integers_at(known_by, node, 3, "axes") if operand(node, 3) is not None else None
+    if operand(node, 3) is not None and axes is None:
+        return None
+    places = [axis % size for axis in axes] if axes is not None else list(range(size))
+    front, back = [0] * size, [0] * size
+    for index, axis in enumerate(places):
+        front[axis], back[axis] = given[index], given[index + len(places)]
+    return front, back
+
+
+def rewrite_pad(surgeon: Surgeon, node: ir.Node) -> None:
+    """Padding of a channel axis shrinks to what stays of it."""
+    value, output = node.inputs[0], node.outputs[0]
+    if value is None or not surgeon.changed(output):
+        return
+    size = len(surgeon.shape(value))
+    pads = _pads(surgeon, node, size)
+    if pads is None:
+        return
+    front, back = pads
+    moved = False
+    for axis in range(size):
+        kept = surgeon.kept(output, axis)
+        if kept is not None and (front[axis] or back[axis]):
+            total = kept.size
+            moved = True
+            front[axis], back[axis] = (
+                int(kept[: front[axis]].sum()),
+                int(kept[total - back[axis] :].sum()),
+            )
+    if not moved:
+        return
+    if surgeon.opset(node) < 11:
+        surgeon.set_integers(node, "pads" if surgeon.opset(node) > 1 else "paddings", front + back)
+        return
+    axes = integers_at(surgeon, node, 3, "axes")
+    places = list(range(size)) if axes is None else [axis % size for axis in axes]
+    surgeon.set_input(node, 1, [front[a] for a in places] + [back[a] for a in places])
+
+
+register("Slice", "indexing", couple_slice, rewrite=rewrite_slice)
+register("Split", "indexing", couple_split, rewrite=rewrite_split)
+register("Concat", "indexing", couple_concat)
+register("Gather", "indexing", couple_gather, rewrite=rewrite_gather)
+register("Pad", "indexing", couple_pad, rewrite=rewrite_pad)
+

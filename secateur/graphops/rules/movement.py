@@ -1,0 +1,177 @@
+"""Operators that change which axis is which: the same NumPy operation on the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling import labels as lab
+from secateur.graphops.coupling.flow import MAX_BLOCK, Flow
+from secateur.graphops.coupling.labels import BARE, Block, Blocks
+from secateur.graphops.rules.attributes import integer, integers, integers_at, rank
+from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
+
+
+def couple_transpose(flow: Flow, node: ir.Node) -> None:
+    """Axes permuted."""
+    size = rank(flow, node.inputs[0])
+    perm = integers(node, "perm") or list(reversed(range(size or 0)))
+    flow.set(node.outputs[0], lab.transpose(flow.blocks(node.inputs[0]), perm))
+
+
+def couple_squeeze(flow: Flow, node: ir.Node) -> None:
+    """Axes of size 1 dropped; all of them when none is named."""
+    shape = flow.shape(node.inputs[0])
+    axes = integers_at(flow, node, 1, "axes")
+    if shape is None:
+        return _lose(flow, node)
+    if axes is None:
+        axes = [axis for axis, size in enumerate(shape) if size == 1]
+    return _set(flow, node, lab.remove_axes(flow.blocks(node.inputs[0]), axes, len(shape)))
+
+
+def couple_unsqueeze(flow: Flow, node: ir.Node) -> None:
+    """Axes of size 1 inserted."""
+    axes, size = integers_at(flow, node, 1, "axes"), rank(flow, node.outputs[0])
+    if axes is None or size is None:
+        return _lose(flow, node)
+    return _set(flow, node, lab.insert_axes(flow.blocks(node.inputs[0]), axes, size))
+
+
+def _set(flow: Flow, node: ir.Node, blocks: Blocks) -> None:
+    flow.set(node.outputs[0], blocks)
+
+
+def _lose(flow: Flow, node: ir.Node) -> None:
+    flow.freeze_value(node.inputs[0], node, "UNKNOWN_SHAPE", "the shape is not known")
+
+
+# -- Reshape -----------------------------------------------------------------------------------
+
+
+def couple_reshape(flow: Flow, node: ir.Node) -> None:
+    """Axes merged and split.
+
+    The reshape is factored into the smallest independent ones. Labels are spread over all axes
+    of the factors they touch, reshaped as the tensor is, and freed of the axes along which they
+    do not change: flattening (C, H, W) repeats each label H·W times, splitting C into heads
+    leaves a joint block.
+    """
+    value = node.inputs[0]
+    blocks = flow.blocks(value)
+    if not blocks or value is None:
+        return
+    before, after = flow.shape(value), flow.shape(node.outputs[0])
+    if before is None or after is None:
+        return _lose(flow, node)
+    sizes = _complete(before), _complete(after)
+    try:
+        factors = lab.factor(*sizes)
+    except ValueError:
+        return _lose(flow, node)
+    result: Blocks = BARE
+    taken: set[int] = set()
+    for block in sorted(blocks, key=lambda b: -b.labels.size):
+        touched = [i for i, (sources, _) in enumerate(factors) if set(sources) & set(block.axes)]
+        if taken & set(touched):
+            flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "merges two prunable axes")
+            continue
+        taken |= set(touched)
+        result += _reshape_block(flow, value, block, [factors[i] for i in touched], sizes)
+    return _set(flow, node, result)
+
+
+def _complete(shape: Sequence[int | None]) -> list[int]:
+    """Unknown sizes as a number that divides nothing else: they pair with one another only."""
+    return [size if size is not None else 7919 for size in shape]
+
+
+def _reshape_block(
+    flow: Flow,
+    value: ir.Value,
+    block: Block,
+    factors: list[tuple[list[int], list[int]]],
+    sizes: tuple[list[int], list[int]],
+) -> Blocks:
+    sources = [axis for factor in factors for axis in factor[0]]
+    targets = [axis for factor in factors for axis in factor[1]]
+    full = [sizes[0][axis] for axis in sources]
+    if len(block.axes) > 1 and int(np.prod(full, dtype=np.int64)) > MAX_BLOCK:
+        block = flow.collapse(value, block, block.axes[0])
+    spread = block.labels.reshape(
+        [sizes[0][axis] if axis in block.axes else 1 for axis in sources]
+    )
+    moved = np.broadcast_to(spread, full).reshape([sizes[1][axis] for axis in targets])
+    return lab.simplify(Block(tuple(targets), moved)) if targets else BARE
+
+
+def rewrite_reshape(surgeon: Surgeon, node: ir.Node) -> None:
+    """Sizes written into the shape input follow the channels; 0 and -1 follow by themselves."""
+    surgeon.resize_shape_input(node, 1, copies=integer(node, "allowzero", 0) == 0)
+
+
+def rewrite_reshape_1(surgeon: Surgeon, node: ir.Node) -> None:
+    """Opset 1 to 4: the shape is an attribute."""
+    shape = integers(node, "shape") or []
+    for axis, size in surgeon.changed_sizes(node.outputs[0]).items():
+        if shape[axis] > 0:
+            shape[axis] = size
+    surgeon.set_integers(node, "shape", shape)
+
+
+# -- Expand, Tile ------------------------------------------------------------------------------
+
+
+def couple_expand(flow: Flow, node: ir.Node) -> None:
+    """Broadcasting to a shape: positions made from a single one are the node's own to leave."""
+    value, output = node.inputs[0], node.outputs[0]
+    before, after = flow.shape(value), flow.shape(output)
+    if before is None or after is None or value is None:
+        return _lose(flow, node)
+    offset = len(after) - len(before)
+    blocks = tuple(
+        Block(tuple(axis + offset for axis in block.axes), block.labels)
+        for block in flow.blocks(value)
+    )
+    for axis, size in enumerate(after):
+        old = before[axis - offset] if axis >= offset else 1
+        if size is not None and size > 1 and old == 1:
+            inner = axis - offset
+            if inner >= 0:
+                flow.freeze_axis(value, inner, node, "BARE_AXIS", "is broadcast")
+            blocks = tuple(block for block in blocks if axis not in block.axes)
+            if flow.shapes.is_fixed(str(output.name), axis):
+                blocks += lab.single(axis, flow.fresh(size))
+    return _set(flow, node, blocks)
+
+
+def rewrite_expand(surgeon: Surgeon, node: ir.Node) -> None:
+    """The shape input names sizes."""
+    surgeon.resize_shape_input(node, 1, copies=False)
+
+
+def couple_tile(flow: Flow, node: ir.Node) -> None:
+    """Labels repeat as the tensor does."""
+    value, repeats = node.inputs[0], flow.value(node.inputs[1])
+    if repeats is None:
+        return _lose(flow, node)
+    blocks = []
+    for block in flow.blocks(value):
+        labels = np.tile(block.labels, [int(repeats[axis]) for axis in block.axes])
+        blocks.append(Block(block.axes, labels))
+    return _set(flow, node, tuple(blocks))
+
+
+
+register("Transpose", "movement", couple_transpose)
+register("Squeeze", "movement", couple_squeeze)
+register("Unsqueeze", "movement", couple_unsqueeze)
+register("Flatten", "movement", couple_reshape)
+register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5)
+register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape_1, until=4)
+register("Expand", "movement", couple_expand, rewrite=rewrite_expand)
+register("Tile", "movement", couple_tile)
+

@@ -1,0 +1,139 @@
+"""Operators that normalise.
+
+BatchNormalization and InstanceNormalization treat each channel alone: exact. LayerNormalization
+and its kin normalise across channels: the law's named exceptions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.rules.attributes import integer, operand, rank
+from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
+
+
+def couple_per_channel(flow: Flow, node: ir.Node) -> None:
+    """Scale, bias, mean and variance run with axis 1."""
+    size = rank(flow, node.inputs[0])
+    if size is None:
+        for value in node.inputs:
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
+    letters = list(range(size))
+    operands: list[tuple[int, list[int]]] = [(0, letters)]
+    operands += [(index, [1]) for index, value in enumerate(node.inputs) if index and value]
+    flow.set(node.outputs[0], flow.meet(node, operands, letters))
+
+
+def couple_across(flow: Flow, node: ir.Node) -> None:
+    """Scale and bias are aligned at the right; axes from `axis` on are normalised together."""
+    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    if value is None or size is None:
+        for item in node.inputs:
+            flow.freeze_value(item, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
+    letters = list(range(size))
+    operands: list[tuple[int, list[int]]] = [(0, letters)]
+    for index in (1, 2):
+        if operand(node, index) is not None:
+            wide = rank(flow, node.inputs[index]) or 0
+            operands.append((index, letters[size - wide :]))
+    blocks = flow.meet(node, operands, letters)
+    flow.set(node.outputs[0], blocks)
+    first = integer(node, "axis", -1) % size
+    for block in flow.blocks(value):
+        for axis in block.axes:
+            if axis >= first:
+                flow.contract(node, 0, axis, exact=False)
+
+
+def couple_group(flow: Flow, node: ir.Node) -> None:
+    """Whole groups go, with their scale and bias (one each per group before opset 21)."""
+    value, groups = node.inputs[0], integer(node, "num_groups", 1)
+    size = rank(flow, value)
+    along = flow.axis(value, 1) if value is not None else None
+    if size is None or along is None:
+        for item in node.inputs:
+            flow.freeze_value(item, node, "BARE_AXIS", "the channels cannot be cut")
+        return
+    rows = along.reshape(groups, -1)
+    for index in (1, 2):
+        vector = flow.axis(node.inputs[index], 0)  # type: ignore[arg-type]
+        if vector is not None:
+            flow.join(node, rows[:, 0] if vector.size == groups else along, vector)
+    if rows.shape[1] > 1:
+        flow.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    flow.set(node.outputs[0], flow.blocks(value))
+
+
+def rewrite_group(surgeon: Surgeon, node: ir.Node) -> None:
+    """The number of groups shrinks with the channels."""
+    value = node.inputs[0]
+    kept = surgeon.kept(value, 1) if value is not None else None
+    if kept is not None:
+        groups = integer(node, "num_groups", 1)
+        surgeon.set_integer(node, "num_groups", int(kept.sum()) * groups // kept.size)
+
+
+def couple_mean_variance(flow: Flow, node: ir.Node) -> None:
+    """Normalises over `axes` (by default batch and space): channels alone unless listed."""
+    attribute = node.attributes.get("axes")
+    axes = [0, 2, 3] if attribute is None else [int(axis) for axis in attribute.as_ints()]
+    _pass_inexact(flow, node, axes)
+
+
+def couple_lp(flow: Flow, node: ir.Node) -> None:
+    """Divides by the norm along `axis`; zeros do not change the norm."""
+    value, size = node.inputs[0], rank(flow, node.inputs[0]) or 1
+    axis = integer(node, "axis", -1) % size
+    if value is not None and flow.axis(value, axis) is not None:
+        flow.contract(node, 0, axis)
+    flow.set(node.outputs[0], flow.blocks(value))
+
+
+def couple_lrn(flow: Flow, node: ir.Node) -> None:
+    """Divides by the energy of neighbouring channels: a cut would change who is a neighbour."""
+    value = node.inputs[0]
+    if value is not None:
+        flow.freeze_axis(value, 1, node, "ORDERED", "neighbouring channels are summed")
+        flow.set(node.outputs[0], flow.blocks(value))
+
+
+def _pass_inexact(flow: Flow, node: ir.Node, axes: list[int]) -> None:
+    value, size = node.inputs[0], rank(flow, node.inputs[0]) or 1
+    normalised = {axis % size for axis in axes}
+    for block in flow.blocks(value):
+        for axis in block.axes:
+            if axis in normalised:
+                flow.contract(node, 0, axis, exact=False)
+    flow.set(node.outputs[0], flow.blocks(value))
+
+
+register(
+    "BatchNormalization",
+    "normalisation",
+    couple_per_channel,
+    roles={1: "scale", 2: "bias", 3: "mean", 4: "variance"},
+)
+register(
+    "InstanceNormalization", "normalisation", couple_per_channel, roles={1: "scale", 2: "bias"}
+)
+register(
+    "LayerNormalization RMSNormalization SimplifiedLayerNormalization",
+    "normalisation",
+    couple_across,
+    roles={1: "scale", 2: "bias"},
+)
+register(
+    "GroupNormalization",
+    "normalisation",
+    couple_group,
+    rewrite=rewrite_group,
+    roles={1: "scale", 2: "bias"},
+)
+register("MeanVarianceNormalization", "normalisation", couple_mean_variance)
+register("LpNormalization", "normalisation", couple_lp)
+register("LRN", "normalisation", couple_lrn)

@@ -1,0 +1,94 @@
+"""Operators that reduce an axis, or compare positions along it.
+
+A sum over fewer positions equals a sum with zeros there. A mean, a maximum or a softmax does not:
+those are the law's named exceptions, carried all the same.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.rules.attributes import integer, integers_at, operand, rank
+from secateur.graphops.rules.registry import register
+
+EXACT = "ReduceSum ReduceL1 ReduceL2 ReduceSumSquare"
+INEXACT = "ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp"
+
+
+def _couple_reduce(flow: Flow, node: ir.Node, exact: bool) -> None:
+    size = rank(flow, node.inputs[0])
+    if not flow.blocks(node.inputs[0]):
+        return
+    axes = integers_at(flow, node, 1, "axes")
+    unknown = axes is None and operand(node, 1) is not None
+    if size is None or unknown:
+        flow.freeze_value(node.inputs[0], node, "UNKNOWN_SHAPE", "the axes are not known")
+        return
+    if axes is None:
+        axes = [] if integer(node, "noop_with_empty_axes", 0) else list(range(size))
+    reduced = {axis % size for axis in axes}
+    letters = [*range(size)]
+    if integer(node, "keepdims", 1):
+        result = [("kept", axis) if axis in reduced else axis for axis in letters]
+    else:
+        result = [axis for axis in letters if axis not in reduced]
+    flow.set(node.outputs[0], flow.meet(node, [(0, letters)], result, exact=exact))
+
+
+def couple_exact(flow: Flow, node: ir.Node) -> None:
+    """Reduced axes go; zeros change nothing."""
+    _couple_reduce(flow, node, exact=True)
+
+
+def couple_inexact(flow: Flow, node: ir.Node) -> None:
+    """Reduced axes go; a named exception of the law where they were labelled."""
+    _couple_reduce(flow, node, exact=False)
+
+
+def couple_softmax(flow: Flow, node: ir.Node) -> None:
+    """Labels pass; along `axis` (before opset 13: from it on) positions are compared."""
+    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    if value is None or size is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    old = flow.opset(node) < 13
+    axis = integer(node, "axis", 1 if old else -1) % max(size, 1)
+    for other in range(axis, size if old else axis + 1):
+        if flow.axis(value, other) is not None:
+            flow.contract(node, 0, other, exact=False)
+    return flow.set(node.outputs[0], flow.blocks(value))
+
+
+def couple_index(flow: Flow, node: ir.Node) -> None:
+    """ArgMax and the like answer with positions: the axis must stay whole."""
+    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    if value is None or size is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    default = -1 if node.op_type == "TopK" else 0
+    axis = integer(node, "axis", default) % size
+    flow.freeze_axis(value, axis, node, "INDEXED", "its positions are the answer")
+    blocks = flow.blocks(value)
+    if not integer(node, "keepdims", 1):
+        blocks = tuple(
+            type(b)(tuple(a - (a > axis) for a in b.axes), b.labels) for b in blocks
+        )
+    for output in node.outputs:
+        flow.set(output, blocks)
+    return None
+
+
+def couple_cumsum(flow: Flow, node: ir.Node) -> None:
+    """A running sum carries the other axes; its own must stay whole."""
+    value, axis, size = node.inputs[0], flow.value(node.inputs[1]), rank(flow, node.inputs[0])
+    if value is None or axis is None or size is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the axis is not known")
+    flow.freeze_axis(value, int(axis.reshape(-1)[0]) % size, node, "ORDERED", "is summed in order")
+    return flow.set(node.outputs[0], flow.blocks(value))
+
+
+register(EXACT, "reduction", couple_exact)
+register(INEXACT, "reduction", couple_inexact)
+register("Softmax LogSoftmax", "reduction", couple_softmax)
+register("Hardmax", "reduction", couple_softmax)
+register("ArgMax ArgMin TopK", "reduction", couple_index)
+register("CumSum", "reduction", couple_cumsum)

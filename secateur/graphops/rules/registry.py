@@ -1,0 +1,98 @@
+"""The one table of operators: (domain, operator, opset range) → rule.
+
+Everything the engine knows about an operator is one `register` call in one file of this folder:
+how labels pass through (`couple`), how the node is rewritten when labels go (`rewrite`, only
+where slicing its constants is not enough), and what it costs (`macs`). An operator without a
+rule is not guessed at: whatever reaches it is frozen and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from secateur.graphops.coupling.flow import Flow
+    from secateur.graphops.coupling.units import Axis
+    from secateur.graphops.surgery.surgeon import Surgeon
+
+Couple = Callable[["Flow", ir.Node], None]
+Rewrite = Callable[["Surgeon", ir.Node], None]
+Macs = Callable[["Flow", ir.Node], "tuple[int, tuple[Axis, ...]]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the engine knows of an operator.
+
+    Attributes:
+        family: the rule's family, for tables and tests.
+        couple: passes labels from inputs to outputs.
+        rewrite: adapts attributes and integer inputs of the node after units went.
+        macs: multiply-accumulates as a constant times the sizes of some axes.
+        roles: input index → what that parameter is (`scale` of a BatchNormalization).
+        domain, op_type: the operator, `ai.onnx` spelt as the empty string.
+        since, until: opset versions for which it holds, inclusive.
+    """
+
+    family: str
+    couple: Couple
+    rewrite: Rewrite | None
+    macs: Macs | None
+    roles: dict[int, str]
+    domain: str
+    op_type: str
+    since: int
+    until: int
+
+
+_RULES: dict[tuple[str, str], list[Rule]] = {}
+_LATEST = 1 << 30
+
+
+def register(
+    op_types: str,
+    family: str,
+    couple: Couple,
+    *,
+    rewrite: Rewrite | None = None,
+    macs: Macs | None = None,
+    roles: dict[int, str] | None = None,
+    domain: str = "",
+    since: int = 1,
+    until: int = _LATEST,
+) -> None:
+    """Registers one rule for each of the space-separated operators.
+
+    Raises:
+        ValueError: another rule claims one of them in an overlapping opset range.
+    """
+    for op_type in op_types.split():
+        rules = _RULES.setdefault((domain, op_type), [])
+        for other in rules:
+            if since <= other.until and other.since <= until:
+                raise ValueError(
+                    f"{domain or 'ai.onnx'}::{op_type} has a rule for opsets "
+                    f"{other.since}..{other.until} already"
+                )
+        rules.append(
+            Rule(family, couple, rewrite, macs, roles or {}, domain, op_type, since, until)
+        )
+
+
+def find(domain: str, op_type: str, opset: int) -> Rule | None:
+    """The rule for an operator at an opset version, None when there is none."""
+    domain = "" if domain == "ai.onnx" else domain
+    for rule in _RULES.get((domain, op_type), ()):
+        if rule.since <= opset <= rule.until:
+            return rule
+    return None
+
+
+def all_rules() -> Iterator[Rule]:
+    """Every rule, by domain and operator."""
+    for key in sorted(_RULES):
+        yield from _RULES[key]

@@ -1,0 +1,100 @@
+"""Operators that work on space: channels pass, positions in space stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.labels import BARE, single
+from secateur.graphops.rules.attributes import integer, integers_at, operand, rank
+from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
+
+POOLS = (
+    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
+)
+
+
+def couple_pool(flow: Flow, node: ir.Node) -> None:
+    """Axis 1 passes; axes in space, and the batch, must stay whole."""
+    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    if value is None or not flow.blocks(value):
+        return
+    if size is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    for axis in (0, *range(2, size)):
+        flow.freeze_axis(value, axis, node, "SPATIAL", "is pooled")
+    flow.set(node.outputs[0], flow.blocks(value))
+    if node.op_type == "MaxPool" and len(node.outputs) > 1:
+        # The second output names positions in the flattened tensor, channels included.
+        flow.freeze_value(value, node, "INDEXED", "its positions are the answer")
+        flow.set(node.outputs[0], BARE)
+    return None
+
+
+def couple_resize(flow: Flow, node: ir.Node) -> None:
+    """Axes that keep their size pass; resized ones must stay whole."""
+    value = node.inputs[0]
+    before, after = flow.shape(value), flow.shape(node.outputs[0])
+    if value is None or not flow.blocks(value):
+        return
+    if before is None or after is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    for axis, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old != new or not flow.shapes.is_fixed(str(value.name), axis):
+            flow.freeze_axis(value, axis, node, "SPATIAL", "is resized")
+    return flow.set(node.outputs[0], flow.blocks(value))
+
+
+def rewrite_resize(surgeon: Surgeon, node: ir.Node) -> None:
+    """Sizes, where given, name the channels too."""
+    if operand(node, 3) is None or integers_at(surgeon, node, 3, "") is None:
+        return
+    axes = node.attributes.get("axes")
+    places = None if axes is None else [int(axis) for axis in axes.as_ints()]
+    surgeon.resize_shape_input(node, 3, copies=False, axes=places)
+
+
+def couple_depth_to_space(flow: Flow, node: ir.Node) -> None:
+    """b² input channels make one output channel: they go together."""
+    value, square = node.inputs[0], integer(node, "blocksize", 1) ** 2
+    along = flow.axis(value, 1) if value is not None else None
+    if along is None:
+        return
+    attribute = node.attributes.get("mode")
+    mode = "DCR" if attribute is None else attribute.as_string()
+    # DCR reads the channel axis as (b, b, C), CRD as (C, b, b).
+    rows = along.reshape(square, -1).T if mode == "DCR" else along.reshape(-1, square)
+    if square > 1:
+        flow.join(node, np.repeat(rows[:, :1], square - 1, axis=1), rows[:, 1:])
+    flow.set(node.outputs[0], single(1, rows[:, 0].copy()))
+
+
+def couple_space_to_depth(flow: Flow, node: ir.Node) -> None:
+    """One input channel makes b² output channels, the channel axis read as (b, b, C)."""
+    value, square = node.inputs[0], integer(node, "blocksize", 1) ** 2
+    along = flow.axis(value, 1) if value is not None else None
+    if along is not None:
+        flow.set(node.outputs[0], single(1, np.tile(along, square)))
+
+
+def couple_grid_sample(flow: Flow, node: ir.Node) -> None:
+    """Channels of the image pass; the grid must stay whole."""
+    flow.freeze_value(node.inputs[1], node, "SPATIAL", "is a grid of positions")
+    couple_pool(flow, node)
+
+
+def couple_roi(flow: Flow, node: ir.Node) -> None:
+    """Channels of the image pass; the regions must stay whole."""
+    for value in node.inputs[1:]:
+        flow.freeze_value(value, node, "SPATIAL", "names regions")
+    couple_pool(flow, node)
+
+
+register(POOLS, "spatial", couple_pool)
+register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize)
+register("DepthToSpace", "spatial", couple_depth_to_space)
+register("SpaceToDepth", "spatial", couple_space_to_depth)
+register("GridSample", "spatial", couple_grid_sample)
+register("RoiAlign", "spatial", couple_roi)

@@ -1,0 +1,1 @@
+"""The only room that writes: a plan becomes a new graph, on a clone."""

@@ -1,0 +1,127 @@
+"""Cuts a model: rewrites nodes, slices constants, drops what nothing reads any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from secateur.graphops import rules
+from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.surgery.surgeon import Mask, Surgeon
+from secateur.plan import KeptTensor
+
+
+Kept = dict[str, dict[int, tuple[int, ...]]]  # constant → axis → kept indices
+
+
+def cut(
+    model: ir.Model, coupling: Coupling, keep: Mask, copies: Mapping[str, str]
+) -> tuple[ir.Model, tuple[KeptTensor, ...]]:
+    """A new model without the units that go; the one given is not touched.
+
+    Args:
+        model: unshared.
+        coupling: of that model.
+        keep: per unit number whether it stays.
+        copies: name of each copy that unsharing made → name of its source.
+
+    Returns:
+        the new model, and what was kept of each changed constant.
+    """
+    result = model.clone()
+    surgeon = Surgeon(result, coupling, keep)
+    for node in list(result.graph):
+        rule = rules.find(node.domain, node.op_type, surgeon.opset(node))
+        if rule is not None and rule.rewrite is not None:
+            rule.rewrite(surgeon, node)
+    kept = _slice_constants(result.graph, surgeon)
+    _resize_values(result.graph, surgeon)
+    _merge_copies(result.graph, kept, copies)
+    _drop_unread(result.graph, _unread(model.graph))
+    entries = tuple(
+        KeptTensor(tensor=name, source=copies.get(name, name), axes=axes)
+        for name, axes in kept.items()
+        if axes
+    )
+    return result, entries
+
+
+def _slice_constants(graph: ir.Graph, surgeon: Surgeon) -> Kept:
+    kept: Kept = {}
+    for name, value in graph.initializers.items():
+        tensor, axes = _sliced(surgeon, value, value.const_value)
+        if tensor is not None:
+            value.const_value = tensor
+        kept[str(name)] = axes
+    for node in graph:
+        if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
+            output = node.outputs[0]
+            tensor, axes = _sliced(surgeon, output, node.attributes["value"].as_tensor())
+            if tensor is not None:
+                node.attributes["value"] = ir.AttrTensor("value", tensor)
+                kept[str(output.name)] = axes
+    return kept
+
+
+def _sliced(
+    surgeon: Surgeon, value: ir.Value, tensor: ir.TensorProtocol | None
+) -> tuple[ir.TensorProtocol | None, dict[int, tuple[int, ...]]]:
+    """The constant without the positions that go; None when it is not changed."""
+    masks = {axis: surgeon.kept(value, axis) for axis in surgeon.changed_sizes(value)}
+    if tensor is None or not masks:
+        return None, {}
+    axes = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items()) if mask is not None}
+    array = tensor.numpy()
+    # The axis that shrinks most first: the copies stay small.
+    for axis in sorted(axes, key=lambda a: axes[a].size / array.shape[a]):
+        array = np.take(array, axes[axis], axis=axis)
+    sliced = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
+    return sliced, {axis: tuple(int(i) for i in indices) for axis, indices in axes.items()}
+
+
+def _resize_values(graph: ir.Graph, surgeon: Surgeon) -> None:
+    """Brings the recorded shapes along: ONNX Runtime warns where they disagree."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    values += [output for node in graph for output in node.outputs]
+    for value in values:
+        sizes = surgeon.changed_sizes(value)
+        if sizes and value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    sizes[axis] if axis in sizes and isinstance(dim, int) else dim
+                    for axis, dim in enumerate(value.shape)
+                ]
+            )
+
+
+def _merge_copies(graph: ir.Graph, kept: Kept, copies: Mapping[str, str]) -> None:
+    """Copies that were cut as their source was become the source again."""
+    for name, source in copies.items():
+        copy, original = graph.initializers.get(name), graph.initializers.get(source)
+        if copy is None or original is None or copy.is_graph_output():
+            continue
+        if kept.get(name) == kept.get(source):
+            copy.replace_all_uses_with(original)
+            if copy.is_graph_input():
+                graph.inputs.remove(copy)
+            del graph.initializers[name]
+            kept.pop(name, None)
+
+
+def _unread(graph: ir.Graph) -> set[str]:
+    """First outputs of nodes that nothing reads."""
+    return {
+        str(node.outputs[0].name)
+        for node in graph
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs)
+    }
+
+
+def _drop_unread(graph: ir.Graph, before: set[str]) -> None:
+    """Removes shape arithmetic whose readers now read constants; what was dead before stays."""
+    for node in reversed(list(graph)):
+        unread = not any(output.uses() or output.is_graph_output() for output in node.outputs)
+        if unread and str(node.outputs[0].name) not in before:
+            graph.remove(node, safe=True)

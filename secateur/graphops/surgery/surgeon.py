@@ -1,0 +1,236 @@
+"""What rules may do to a node of the clone when units went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.shapes import Array, Shape
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Surgeon:
+    """A clone under surgery: answers what stays of each tensor, and edits nodes.
+
+    All questions are about the original: `shape` and `value` are those before the cut, `size`
+    and `kept` tell what is left.
+
+    Args:
+        graph: the clone's.
+        coupling: of the original.
+        keep: per unit number whether it stays; entry 0 (what cannot be cut) is true.
+    """
+
+    def __init__(self, model: ir.Model, coupling: Coupling, keep: Mask) -> None:
+        self._graph = model.graph
+        self._opsets = dict(model.opset_imports)
+        self._coupling = coupling
+        self._keep = keep
+
+    # -- what stays ----------------------------------------------------------------------------
+
+    def kept(self, value: ir.Value | None, axis: int) -> Mask | None:
+        """Which positions of an axis stay; None when all do."""
+        if value is None:
+            return None
+        units = self._coupling.axes(value.name or "").get(axis)
+        if units is None:
+            return None
+        mask = self._keep[units]
+        return None if mask.all() else mask
+
+    def changed_sizes(self, value: ir.Value | None) -> dict[int, int]:
+        """axis → new size, for the axes that lose positions."""
+        sizes = {}
+        for axis in self._coupling.axes(value.name or "") if value is not None else ():
+            mask = self.kept(value, axis)
+            if mask is not None:
+                sizes[axis] = int(mask.sum())
+        return sizes
+
+    def changed(self, value: ir.Value | None) -> bool:
+        """Whether any axis of a tensor loses positions."""
+        return bool(self.changed_sizes(value))
+
+    def size(self, value: ir.Value | None, axis: int) -> int:
+        """The size of an axis after the cut, under the first binding of symbolic sizes."""
+        mask = self.kept(value, axis)
+        return int(self.shape(value)[axis] or 0) if mask is None else int(mask.sum())
+
+    def shape(self, value: ir.Value | None) -> Shape:
+        """The shape before the cut; empty when not known."""
+        return (self._coupling.shapes.of(value.name or "") if value is not None else None) or ()
+
+    def value(self, value: ir.Value | None) -> Array | None:
+        """A small constant or result of shape arithmetic, before the cut."""
+        return None if value is None else self._coupling.shapes.values.get(value.name or "")
+
+    def opset(self, node: ir.Node) -> int:
+        """The version of the node's operator set."""
+        return self._opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)
+
+    # -- edits ---------------------------------------------------------------------------------
+
+    def set_integer(self, node: ir.Node, name: str, value: int) -> None:
+        """Sets an int attribute."""
+        node.attributes[name] = ir.AttrInt64(name, value)
+
+    def set_integers(self, node: ir.Node, name: str, values: Sequence[int]) -> None:
+        """Sets an ints attribute."""
+        node.attributes[name] = ir.AttrInt64s(name, [int(value) for value in values])
+
+    def drop_attribute(self, node: ir.Node, name: str) -> None:
+        """Removes an attribute if it is there."""
+        node.attributes.pop(name, None)
+
+    def set_integers_at(
+        self, node: ir.Node, index: int, name: str, values: Sequence[int]
+    ) -> None:
+        """Sets integers where the node has them: as input `index` or as attribute `name`."""
+        if name in node.attributes:
+            self.set_integers(node, name, values)
+        else:
+            self.set_input(node, index, values)
+
+    def set_input(
+        self, node: ir.Node, index: int, values: Any, like: npt.DTypeLike = np.int64
+    ) -> None:
+        """Makes an input a constant. A constant that only this node reads keeps its name."""
+        array = np.asarray(values, dtype=like)
+        while len(node.inputs) <= index:
+            node.resize_inputs(len(node.inputs) + 1)
+        old = node.inputs[index]
+        if old is not None and old.is_initializer() and len(old.uses()) == 1:
+            old.const_value = ir.Tensor(array, name=old.name)
+            old.shape = ir.Shape(array.shape)
+            return
+        producer = None if old is None else old.producer()
+        if producer is not None and producer.op_type == "Constant" and len(old.uses()) == 1:  # type: ignore[union-attr]
+            producer.attributes.clear()
+            producer.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
+            old.shape = ir.Shape(array.shape)  # type: ignore[union-attr]
+            return
+        node.replace_input_with(index, self._constant(f"{node.outputs[0].name}__{index}", array))
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        taken = self._graph.initializers
+        free, number = name, 2
+        while free in taken:
+            free, number = f"{name}_{number}", number + 1
+        tensor = ir.Tensor(array, name=free)
+        value = ir.Value(
+            name=free, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def resize_shape_input(
+        self, node: ir.Node, index: int, *, copies: bool, axes: Sequence[int] | None = None
+    ) -> None:
+        """Makes the input that names the output's sizes name the new ones.
+
+        Entries that adapt by themselves (-1, a copying 0, sizes computed from a tensor that
+        shrinks) stay; sizes fixed by the model are written down; sizes that follow the inputs
+        but contain channels (batch × heads) are scaled.
+
+        Args:
+            node: whose first output is meant.
+            index: of the integer input.
+            copies: whether 0 copies the first input's size (Reshape without allowzero).
+            axes: the output axes that the entries stand for; all, aligned right, when None.
+        """
+        output = node.outputs[0]
+        sizes = self.changed_sizes(output)
+        given = self.value(node.inputs[index])
+        if not sizes or given is None:
+            return
+        rank = len(self.shape(output))
+        places = list(axes) if axes is not None else list(range(rank - given.size, rank))
+        fixed = self._coupling.shapes.fixed_entries(str(node.inputs[index].name))  # type: ignore[union-attr]
+        assert fixed is not None
+        entries = [int(entry) for entry in given]
+        written: dict[int, int] = {}
+        scaled: dict[int, tuple[int, int]] = {}
+        for place, axis in enumerate(places):
+            entry = entries[place]
+            if axis not in sizes or entry == -1 or (copies and entry == 0):
+                continue
+            if entry == 1 and not copies:
+                continue  # Expand by 1 keeps the operand's size
+            if fixed[place]:
+                written[place] = sizes[axis]
+            else:
+                scaled[place] = (sizes[axis], int(self.shape(output)[axis] or 1))
+        if not written and not scaled:
+            return
+        for place, size in written.items():
+            entries[place] = size
+        if fixed.all():
+            self.set_input(node, index, entries)
+        elif copies and self._as_constant(node, places, entries, fixed):
+            self.set_input(node, index, entries)
+        else:
+            self._patch(node, index, written, scaled, len(entries))
+
+    def _as_constant(
+        self, node: ir.Node, places: Sequence[int], entries: list[int], fixed: Mask
+    ) -> bool:
+        """Spells sizes that follow the inputs as 0 (copied) or one -1; false if that fails."""
+        source = node.inputs[0]
+        before, after = self.shape(source), self.shape(node.outputs[0])
+        shapes = self._coupling.shapes
+        wild = [place for place, entry in enumerate(entries) if entry == -1]
+        for place in np.flatnonzero(~fixed):
+            axis = places[place]
+            same = axis < len(before) and before[axis] == after[axis]
+            second = shapes.second.get(str(source.name)) if source is not None else None
+            goal = shapes.second.get(str(node.outputs[0].name))
+            if same and second and goal and second[axis] == goal[axis]:
+                entries[place] = 0
+            else:
+                entries[place] = -1
+                wild.append(int(place))
+        return len(wild) <= 1
+
+    def _patch(
+        self,
+        node: ir.Node,
+        index: int,
+        written: dict[int, int],
+        scaled: dict[int, tuple[int, int]],
+        count: int,
+    ) -> None:
+        """Where(is written, constant, computed × new / old), before the node."""
+        computed = node.inputs[index]
+        assert computed is not None
+        name = f"{node.outputs[0].name}__{index}"
+        new = np.ones(count, np.int64)
+        old = np.ones(count, np.int64)
+        for place, (numerator, denominator) in scaled.items():
+            new[place], old[place] = numerator, denominator
+        value = computed
+        if scaled:
+            value = self._insert(node, "Mul", [value, self._constant(f"{name}_new", new)], f"{name}_mul")
+            value = self._insert(node, "Div", [value, self._constant(f"{name}_old", old)], f"{name}_div")
+        if written:
+            mask = np.isin(np.arange(count), list(written))
+            constant = np.array([written.get(place, 0) for place in range(count)], np.int64)
+            value = self._insert(
+                node,
+                "Where",
+                [self._constant(f"{name}_fixed", mask), self._constant(f"{name}_sizes", constant), value],
+                f"{name}_where",
+            )
+        node.replace_input_with(index, value)
+
+    def _insert(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
+        node = ir.Node("", op_type, inputs, name=name)
+        node.outputs[0].name = name
+        self._graph.insert_before(before, node)
+        return node.outputs[0]

@@ -1,0 +1,1 @@
+"""Runs the result: ONNX Runtime's answer is the only evidence."""

@@ -1,0 +1,182 @@
+"""The exactness law for a whole model.
+
+    Without repair, the pruned model equals the original in which every consumer has zeros on the
+    removed positions of what it sums over.
+
+(Zeroing the producers would not do: a bias, a sigmoid or a shift makes zero non-zero.) Nodes that
+normalise or reduce inexactly across a cut axis are the named exceptions; in the reference they
+are computed over the positions that stay, everything else being the original's own arithmetic.
+The reference is an ordinary ONNX model that ONNX Runtime runs: no rule's rewrite is involved in
+it, so it checks surgery against analysis independently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops.coupling.analyse import couple
+from secateur.graphops.coupling.flow import Contraction
+from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.normalise import unshare
+from secateur.graphops.model.opening import ModelSource, open_model
+from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.planning import replay
+from secateur.graphops.verify.examples import example_feeds
+from secateur.graphops.verify.runtime import open_session
+from secateur.result import Result
+
+
+@dataclass(frozen=True, slots=True)
+class LawCheck:
+    """How far a result is from the law.
+
+    Attributes:
+        difference: largest |result − reference| over all outputs, relative to the largest
+            |reference| of that output.
+        exceptions: nodes computed over the positions that stay.
+    """
+
+    difference: float
+    exceptions: tuple[str, ...]
+
+
+def check_law(source: ModelSource, result: Result, *, seed: int = 0) -> LawCheck:
+    """Runs result and reference on the same random inputs.
+
+    Args:
+        source: the model that was pruned.
+        result: of pruning it without repair.
+        seed: of the inputs.
+    """
+    opened = open_model(source)
+    copies = unshare(opened.model)
+    shapes = infer_shapes(opened.model)
+    coupling = couple(opened.model, shapes, result.plan.recipe.ignore)
+    keep = replay.units_kept(result.plan, coupling, copies, opened.sha256)
+    reference, exceptions = _reference(opened.model, coupling, keep)
+    feeds = example_feeds(opened.model.graph, shapes, seed=seed)
+    wanted = open_session(ir.to_proto(reference).SerializeToString()).run(None, feeds)
+    found = open_session(result.model).run(None, feeds)
+    differences = [0.0]
+    for a, b in zip(wanted, found, strict=True):
+        if isinstance(a, np.ndarray) and a.dtype.kind == "f" and a.size:
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            finite = np.isfinite(a)
+            scale = float(np.abs(a[finite]).max(initial=0.0)) or 1.0
+            differences.append(float(np.abs(a - b)[finite].max(initial=0.0)) / scale)
+    return LawCheck(max(differences), exceptions)
+
+
+def _reference(
+    model: ir.Model, coupling: Coupling, keep: npt.NDArray[np.bool_]
+) -> tuple[ir.Model, tuple[str, ...]]:
+    """The original with zeros (or, at exceptions, without the positions) where units went."""
+    clone = model.clone()
+    nodes = {node.outputs[0].name: node for node in clone.graph if node.outputs}
+    builder = _Builder(clone.graph)
+    exceptions: list[str] = []
+    seen: set[tuple[str, int, int]] = set()
+    for contraction in coupling.contractions:
+        node = nodes[contraction.node.outputs[0].name]
+        value = node.inputs[contraction.index]
+        place = (str(node.outputs[0].name), contraction.index, contraction.axis)
+        mask = _mask(contraction, coupling, keep)
+        if mask is None or place in seen or value is None:
+            continue
+        seen.add(place)
+        rank = len(coupling.shapes.of(str(contraction.node.inputs[contraction.index].name)) or ())
+        if contraction.exact:
+            if value.name not in coupling.constants:
+                builder.zero(node, contraction.index, contraction.axis, rank, mask)
+        else:
+            exceptions.append(node.name or str(node.outputs[0].name))
+            builder.without(node, contraction.axis, rank, mask)
+    return clone, tuple(sorted(set(exceptions)))
+
+
+def _mask(
+    contraction: Contraction, coupling: Coupling, keep: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_] | None:
+    value = contraction.node.inputs[contraction.index]
+    units = coupling.axes(str(value.name) if value is not None else "").get(contraction.axis)
+    if units is None or keep[units].all():
+        return None
+    return keep[units]
+
+
+class _Builder:
+    """Inserts the few nodes a reference needs."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._count = 0
+        floats = [
+            v.const_value.dtype
+            for v in graph.initializers.values()
+            if v.const_value is not None and v.const_value.dtype.is_floating_point()
+        ]
+        self._dtype = floats[0] if floats else ir.DataType.FLOAT
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"secateur_law_{self._count}"
+
+    def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
+        tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
+        value = ir.Value(
+            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def _node(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:
+        node = ir.Node(
+            "",
+            op_type,
+            inputs,
+            [ir.AttrInt64(name, value) for name, value in attributes.items()],
+            name=self._name(),
+        )
+        node.outputs[0].name = node.name
+        return node
+
+    def zero(
+        self, node: ir.Node, index: int, axis: int, rank: int, mask: npt.NDArray[np.bool_]
+    ) -> None:
+        """Where(mask, x, 0) before input `index`, which has `rank` axes."""
+        value = node.inputs[index]
+        assert value is not None
+        dtype = value.dtype or self._dtype
+        lined = mask.reshape([-1, *[1] * (rank - axis - 1)])
+        zero = np.zeros((), dtype.numpy())
+        where = self._node("Where", [self._constant(lined), value, self._constant(zero)])
+        self._graph.insert_before(node, where)
+        node.replace_input_with(index, where.outputs[0])
+
+    def without(self, node: ir.Node, axis: int, rank: int, mask: npt.NDArray[np.bool_]) -> None:
+        """Gather what stays before the node and its parameters, spread the result after it."""
+        value = node.inputs[0]
+        assert value is not None
+        stay = np.flatnonzero(mask).astype(np.int64)
+        before = self._node("Gather", [value, self._constant(stay)], axis=axis)
+        self._graph.insert_before(node, before)
+        node.replace_input_with(0, before.outputs[0])
+        if node.op_type.startswith("Reduce"):
+            return
+        for index, parameter in enumerate(node.inputs[1:], start=1):
+            if parameter is not None and parameter.const_value is not None:
+                array = parameter.const_value.numpy()
+                own = axis - (rank - array.ndim)
+                if own >= 0 and array.shape[own] == mask.size:
+                    node.replace_input_with(index, self._constant(np.take(array, stay, axis=own)))
+        # Positions that went get any value: every consumer has a zero for them.
+        spread = np.maximum(np.cumsum(mask) - 1, 0).astype(np.int64)
+        output = node.outputs[0]
+        after = self._node("Gather", [output, self._constant(spread)], axis=axis)
+        output.replace_all_uses_with(after.outputs[0])
+        after.replace_input_with(0, output)
+        self._graph.insert_after(node, after)

@@ -1,0 +1,28 @@
+"""ONNX Runtime sessions, as everything here opens them."""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+
+
+def open_session(model: bytes | str, *, threads: int = 0, lean: bool = False) -> ort.InferenceSession:
+    """A CPU session.
+
+    Args:
+        model: serialised, or a path (for external data).
+        threads: of one operator; 0 lets ONNX Runtime choose.
+        lean: spend less memory and start sooner (no arena, no prepacked weights), run slower.
+
+    Raises:
+        Exception: whatever ONNX Runtime raises; callers say what it means.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.use_deterministic_compute = True
+    if lean:
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

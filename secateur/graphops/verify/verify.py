@@ -1,0 +1,170 @@
+"""Does the result run, with the same face, finite, and how far did it move?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from secateur.errors import Code, Refused, refuse
+from secateur.graphops.calibration import Feeds
+from secateur.graphops.verify.runtime import open_session
+from secateur.report import Drift, Verification
+
+Outputs = list[npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs and what the original answered.
+
+    Attributes:
+        feeds: input sets, of one or more batch sizes.
+        outputs: the original's answers.
+        names: of the outputs.
+        signature: names, types and shapes of inputs and outputs.
+        from_calibration: whether the feeds are calibration samples.
+    """
+
+    feeds: tuple[Feeds, ...]
+    outputs: tuple[Outputs, ...]
+    names: tuple[str, ...]
+    signature: tuple[tuple[str, str, str], ...]
+    from_calibration: bool
+
+
+def run_original(
+    model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool
+) -> Samples:
+    """Runs the original, the ground that the result is compared with.
+
+    Raises:
+        Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message.
+    """
+    try:
+        session = open_session(model, lean=True)
+        outputs = tuple(session.run(None, feed) for feed in feeds)
+    except Exception as error:
+        shapes = {name: list(array.shape) for name, array in feeds[0].items()} if feeds else {}
+        raise refuse(
+            Code.MODEL_DOES_NOT_RUN,
+            f"ONNX Runtime cannot run the model as it was given: {_first_line(error)}",
+            expected="a run",
+            found=f"a failure with inputs {shapes}",
+            hint="If only the input sizes do not suit it, give calibration data that do.",
+        ) from None
+    names = tuple(output.name for output in session.get_outputs())
+    return Samples(tuple(feeds), outputs, names, signature(session), from_calibration)
+
+
+def verify(model: bytes | str, samples: Samples) -> Verification:
+    """Runs the result on the same inputs.
+
+    Raises:
+        VerificationFailed: it does not load or run, has other inputs or outputs, or gives
+            numbers that are not finite where the original's are.
+    """
+    try:
+        session = open_session(model, lean=True)
+    except Exception as error:
+        raise _failed(f"ONNX Runtime cannot load the pruned model: {_first_line(error)}") from None
+    if signature(session) != samples.signature:
+        raise _failed(
+            "the pruned model has other inputs or outputs", samples.signature, signature(session)
+        )
+    meters = [_Meter(name) for name in samples.names]
+    batches: list[int] = []
+    for feed, wanted in zip(samples.feeds, samples.outputs, strict=True):
+        try:
+            found = session.run(None, feed)
+        except Exception as error:
+            raise _failed(f"the pruned model does not run: {_first_line(error)}") from None
+        batches.append(_batch_of(feed))
+        for meter, reference, result in zip(meters, wanted, found, strict=True):
+            meter.add(reference, result)
+    return Verification(
+        samples=sum(batches),
+        from_calibration=samples.from_calibration,
+        batch_sizes=tuple(sorted(set(batches))),
+        drift=tuple(meter.drift() for meter in meters if meter.used),
+    )
+
+
+def signature(session: ort.InferenceSession) -> tuple[tuple[str, str, str], ...]:
+    """(name, type, shape) of every input and output, symbolic names of outputs left aside."""
+    inputs = [(item.name, item.type, str(item.shape)) for item in session.get_inputs()]
+    outputs = [
+        (item.name, item.type, str([d if isinstance(d, int) else None for d in item.shape or []]))
+        for item in session.get_outputs()
+    ]
+    return tuple(inputs + outputs)
+
+
+class _Meter:
+    """Drift of one output, summed over input sets."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.used = False
+        self._error = self._reference = self._result = self._dot = 0.0
+        self._agree = self._rows = 0
+
+    def add(self, reference: Any, result: Any) -> None:
+        if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fV":
+            return
+        a, b = reference.astype(np.float64), result.astype(np.float64)
+        if a.shape != b.shape:
+            raise _failed(f"output {self.name!r} has another shape", a.shape, b.shape)
+        if not np.isfinite(b[np.isfinite(a)]).all():
+            raise _failed(f"output {self.name!r} is not finite", "finite numbers", "NaN or infinity")
+        a, b = np.where(np.isfinite(a), a, 0.0), np.where(np.isfinite(b), b, 0.0)
+        self.used = True
+        self._error += float(((a - b) ** 2).sum())
+        self._reference += float((a**2).sum())
+        self._result += float((b**2).sum())
+        self._dot += float((a * b).sum())
+        if a.ndim and a.shape[-1] > 1 and a.size:
+            same = a.argmax(axis=-1) == b.argmax(axis=-1)
+            self._agree += int(same.sum())
+            self._rows += int(same.size)
+
+    def drift(self) -> Drift:
+        scale = np.sqrt(self._reference * self._result)
+        return Drift(
+            output=self.name,
+            relative_error=float(np.sqrt(self._error / self._reference)) if self._reference else 0.0,
+            cosine=self._dot / scale if scale else 1.0,
+            top1_agreement=self._agree / self._rows if self._rows else None,
+        )
+
+
+def drift_between(names: Iterable[str], wanted: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[Drift, ...]:
+    """Drift of each floating-point output between two models' answers to the same inputs."""
+    meters = [_Meter(name) for name in names]
+    for references, results in zip(wanted, found, strict=True):
+        for meter, reference, result in zip(meters, references, results, strict=True):
+            meter.add(reference, result)
+    return tuple(meter.drift() for meter in meters if meter.used)
+
+
+def _batch_of(feed: Feeds) -> int:
+    sizes = [array.shape[0] for array in feed.values() if array.ndim]
+    return int(sizes[0]) if sizes else 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
+
+
+def _failed(message: str, expected: object = "", found: object = "") -> Refused:
+    return refuse(
+        Code.VERIFICATION_FAILED,
+        message,
+        expected=expected,
+        found=found,
+        hint="Nothing was written. Please report this with the model's structure.",
+    )

@@ -1,0 +1,74 @@
+"""The plan: what a prune keeps, as a value. It is what a dry run prints, a golden test stores
+and `--plan` replays."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from secateur.errors import Code, refuse
+from secateur.recipe import Recipe
+
+
+class KeptTensor(BaseModel):
+    """What is kept of one changed tensor.
+
+    Attributes:
+        tensor: its name in the result (an initializer, or the output of a Constant node).
+        source: its name in the original.
+        axes: axis → kept indices in the original, ascending. Axes not listed are whole.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor: str
+    source: str
+    axes: dict[int, tuple[int, ...]]
+
+
+class Plan(BaseModel):
+    """A frozen, serialisable decision.
+
+    Attributes:
+        version: of this format.
+        source: SHA-256 (hex) of the original model's bytes.
+        recipe: what was asked.
+        kept: one entry per changed tensor, in the result's order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    source: str
+    recipe: Recipe
+    kept: tuple[KeptTensor, ...]
+
+    def to_json(self) -> str:
+        """One JSON document, stable: the same plan gives the same text."""
+        return self.model_dump_json() + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """The plan in `text`.
+
+        Raises:
+            Refused: `INVALID_PLAN` when it is not one.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise refuse(Code.INVALID_PLAN, f"not a plan: {where}: {first['msg']}") from None
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> Plan:
+        """The plan in a file. Raises as `from_json`."""
+        try:
+            text = pathlib.Path(path).read_bytes()
+        except OSError as error:
+            raise refuse(Code.INVALID_PLAN, f"plan {path} cannot be read: {error}") from None
+        return cls.from_json(text)

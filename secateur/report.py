@@ -1,0 +1,176 @@
+"""What came out: the values that every face shows. Names equal the fields of the wire messages."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pydantic import BaseModel, ConfigDict
+
+
+class Stage(enum.StrEnum):
+    """The stages of a prune, in order."""
+
+    LOAD = "LOAD"
+    COUPLING = "COUPLING"
+    CRITERIA = "CRITERIA"
+    PLANNING = "PLANNING"
+    SURGERY = "SURGERY"
+    VERIFY = "VERIFY"
+    PROFILE = "PROFILE"
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Progress(_Value):
+    """One step forward. `fraction` of the whole job in [0, 1]; `message` is for people."""
+
+    stage: Stage
+    fraction: float
+    message: str = ""
+
+
+ProgressCallback = Callable[[Progress], object]
+
+
+class Latency(_Value):
+    """ONNX Runtime latency on the machine that ran the job, in milliseconds."""
+
+    p50_ms: float
+    p95_ms: float
+    runs: int
+
+
+class Cost(_Value):
+    """What a model costs.
+
+    Attributes:
+        macs: multiply-accumulates of one forward pass at the example input shapes.
+        params: weights: elements of floating-point and quantised constants.
+        bytes: of the serialised model.
+        latency: measured; absent when not asked for.
+        peak_memory_bytes: growth of resident memory while a fresh process loads and runs the
+            model in ONNX Runtime; absent when not asked for.
+    """
+
+    macs: int
+    params: int
+    bytes: int
+    latency: Latency | None = None
+    peak_memory_bytes: int | None = None
+
+
+class Drift(_Value):
+    """How far one output moved from the original's, over the samples run.
+
+    Attributes:
+        output: its name.
+        relative_error: ‖result − original‖₂ / ‖original‖₂.
+        cosine: cosine similarity of the flattened outputs.
+        top1_agreement: share of positions with the same argmax along the last axis; absent for
+            outputs with fewer than two entries there.
+    """
+
+    output: str
+    relative_error: float
+    cosine: float
+    top1_agreement: float | None = None
+
+
+class Verification(_Value):
+    """What ONNX Runtime was asked and answered.
+
+    Attributes:
+        samples: input sets run (calibration samples, or random ones when none were given).
+        from_calibration: whether those were calibration samples.
+        batch_sizes: batch sizes that ran; one entry when the batch is fixed.
+        drift: one entry per floating-point output.
+    """
+
+    samples: int
+    from_calibration: bool
+    batch_sizes: tuple[int, ...]
+    drift: tuple[Drift, ...]
+
+
+class Group(_Value):
+    """Units that slice the same tensors on the same axes and are ranked against one another.
+
+    Attributes:
+        id: stable within one model.
+        kind: `channel` or `head`.
+        units: how many there are.
+        kept: how many are kept (equal to `units` in `inspect`).
+        channels_per_unit: positions of the widest tensor axis that one unit takes.
+        tensors: `name[axis]` of every constant the units slice.
+        frozen: why none of them may go; empty when they may.
+        normalised_by: nodes that normalise or reduce across these channels, where the exactness
+            law has named exceptions (LayerNormalization, Softmax, ReduceMean …).
+    """
+
+    id: str
+    kind: str
+    units: int
+    kept: int
+    channels_per_unit: int
+    tensors: tuple[str, ...]
+    frozen: str = ""
+    normalised_by: tuple[str, ...] = ()
+
+
+class Frozen(_Value):
+    """A reason for which channels stay.
+
+    Attributes:
+        code: stable: `NO_RULE`, `GRAPH_OUTPUT`, `GRAPH_INPUT`, `BARE_AXIS`, `UNKNOWN_SHAPE`,
+            `SUBGRAPH`, `IGNORED`, `UNSUPPORTED_FORM`, `WOULD_BE_EMPTY`.
+        node: the node where it arises (its name, or its first output's when unnamed).
+        op_type: its operator, with domain and opset: `ai.onnx::TopK-11`; empty for graph outputs.
+        detail: one sentence.
+        channels: positions that this reason alone keeps, first reason counted.
+    """
+
+    code: str
+    node: str
+    op_type: str
+    detail: str
+    channels: int
+
+
+class Inspection(_Value):
+    """What can go, what must stay and why."""
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    cost: Cost
+
+
+class Report(_Value):
+    """The evidence that comes with a pruned model.
+
+    Attributes:
+        before, after: cost of the original and of the result.
+        groups: every prunable group, with how much of it was kept.
+        frozen: reasons for which channels stayed.
+        verification: what ONNX Runtime said.
+        warnings: things a person should know, such as a result that is slower.
+        seconds: wall time of each stage.
+    """
+
+    before: Cost
+    after: Cost
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    verification: Verification
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float]
+
+
+class Profile(_Value):
+    """Cost of a model, and of another one measured alternately with it when one was given."""
+
+    model: Cost
+    against: Cost | None = None
+    latency_ratio: float | None = None
+    drift: tuple[Drift, ...] = ()
