@@ -57,7 +57,7 @@ def model_source(model: Any) -> Source:
         TypeError: it is none of these.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _file(pathlib.Path(model), Code.INVALID_MODEL)
+        return _model_file(pathlib.Path(model))
     if isinstance(model, (bytes, bytearray, memoryview)):
         return Source(bytes(model))
     package = type(model).__module__.partition(".")[0]
@@ -90,15 +90,34 @@ def calibration_sources(calibration: Any) -> list[tuple[str, Source]]:
         parts = sorted(part for part in path.iterdir() if part.suffix == ".npz")
     else:
         parts = [path]
-    return [(part.name, _file(part, Code.INVALID_CALIBRATION)) for part in parts]
+    return [(part.name, _calibration_file(part)) for part in parts]
 
 
-def _file(path: pathlib.Path, code: Code) -> Source:
+# What cannot be read is refused here in the words of the engine, which tries it in process.
+
+
+def _model_file(path: pathlib.Path) -> Source:
     try:
-        with path.open("rb"):  # a folder or an unreadable file fails here, not while sending
-            return Source(path)
-    except OSError as error:  # worded as the engine does in process
-        raise refuse(code, f"{path} cannot be read: {error.strerror or error}") from None
+        return _file(path)
+    except OSError as error:
+        text = f"{path} cannot be read: {error.strerror or error}"
+        raise refuse(Code.INVALID_MODEL, text) from None
+
+
+def _calibration_file(path: pathlib.Path) -> Source:
+    try:
+        return _file(path)
+    except OSError as error:
+        raise refuse(
+            Code.INVALID_CALIBRATION,
+            f"calibration file {path.name} cannot be read: {error}",
+            expected="an .npz file with one array per model input, samples along axis 0",
+        ) from None
+
+
+def _file(path: pathlib.Path) -> Source:
+    with path.open("rb"):  # a folder or an unreadable file fails here, not while sending
+        return Source(path)
 
 
 def _npz(arrays: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,181 @@
+"""A real server, as a separate process, started as people start it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import pytest
+
+import secateur
+
+DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
+
+
+class Server:
+    """`secateur serve` on a free port of this machine.
+
+    Attributes:
+        address: `127.0.0.1:PORT`.
+        log: what it writes to standard error.
+    """
+
+    def __init__(self, log: pathlib.Path, *flags: str) -> None:
+        self.log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "secateur", "serve", "--listen", "127.0.0.1:0", *flags],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on "), log.read_text()
+        self.address = line.split()[-1]
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers that are there."""
+        pid = self.process.pid
+        found = []
+        for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found += [int(child) for child in (task / "children").read_text().split()]
+        return found
+
+    def idle_worker(self) -> int:
+        """The process id of the only worker, once it waits for a job."""
+        wait_for(lambda: len(self.workers()) == 1)
+        return self.workers()[0]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal and waits for the end; gives the exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> float:
+    """Waits until a condition holds; gives how many seconds that took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "waited in vain"
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended (reaped or not)."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    """Stops a worker, so that the job it gets next lasts until it is killed."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that tests share and must leave as they found it."""
+    running = Server(tmp_path_factory.mktemp("server") / "log", "--workers", "1")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def own_server(tmp_path: pathlib.Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of a test's own; those still there at its end are stopped."""
+    started: list[Server] = []
+
+    def start(*flags: str) -> Server:
+        started.append(Server(tmp_path / "server.log", "--workers", "1", *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[secateur.Client]:
+    with secateur.Client(server.address, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def cnn() -> pathlib.Path:
+    return DIGITS / "digits_cnn.onnx"
+
+
+@pytest.fixture(scope="session")
+def calibration() -> pathlib.Path:
+    return DIGITS / "calibration.npz"
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Two layers of 9 MB: large enough that it and half of it travel as blobs."""
+    path = tmp_path_factory.mktemp("models") / "wide.onnx"
+    path.write_bytes(perceptron(512, 3000, 256))
+    return path
+
+
+def perceptron(inputs: int, hidden: int, outputs: int, **changes: Any) -> bytes:
+    """Serialised Gemm, Relu, Gemm with random weights."""
+    random = np.random.default_rng(0)
+    weights = {
+        "w1": random.standard_normal((inputs, hidden), dtype=np.float32) / np.sqrt(inputs),
+        "b1": random.standard_normal(hidden, dtype=np.float32),
+        "w2": random.standard_normal((hidden, outputs), dtype=np.float32) / np.sqrt(hidden),
+    }
+    make = onnx.helper.make_node
+    nodes = [
+        make("Gemm", ["x", "w1", "b1"], ["h"], "first"),
+        make("Relu", ["h"], ["r"], "relu"),
+        make("Gemm", ["r", "w2"], ["y"], "second"),
+    ]
+    return serialised(nodes, inputs, outputs, weights, **changes)
+
+
+def serialised(
+    nodes: list[onnx.NodeProto],
+    inputs: int,
+    outputs: int,
+    weights: dict[str, Any] | None = None,
+    opsets: tuple[tuple[str, int], ...] = (("", 17),),
+) -> bytes:
+    """A model from `x` [batch, inputs] to `y` [batch, outputs]."""
+    make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [make("x", kind, ["batch", inputs])],
+        [make("y", kind, ["batch", outputs])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in (weights or {}).items()],
+    )
+    imports = [onnx.helper.make_opsetid(*opset) for opset in opsets]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9)
+    return bytes(model.SerializeToString())

@@ -1,0 +1,242 @@
+"""Values and messages say the same, field by field."""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Any
+
+import grpc
+import pydantic
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from secateur import _wire, errors, report
+from secateur.errors import Code, Refusal
+from secateur.recipe import Criterion, Granularity, Recipe
+from secateur.v1 import recipe_pb2, refusal_pb2, report_pb2
+
+COST = report.Cost(macs=2**40, params=7, bytes=9)
+FULL_COST = report.Cost(
+    macs=1,
+    params=2,
+    bytes=3,
+    latency=report.Latency(p50_ms=0.5, p95_ms=1.5, runs=9),
+    peak_memory_bytes=2**33,
+)
+DRIFT = (
+    report.Drift(output="y", relative_error=0.25, cosine=1.0, top1_agreement=0.0),
+    report.Drift(output="z", relative_error=0.0, cosine=-1.0),
+)
+GROUP = report.Group(
+    id="g", kind="head", units=4, kept=0, channels_per_unit=64, tensors=("w[0]", "v[1]")
+)
+FROZEN = report.Frozen(code="NO_RULE", node="n", op_type="ai.onnx::TopK-11", detail="", channels=0)
+VERIFICATION = report.Verification(
+    samples=3, from_calibration=False, batch_sizes=(1, 3), drift=DRIFT
+)
+
+VALUES: list[tuple[pydantic.BaseModel, Any]] = [
+    (report.Progress(stage=report.Stage.LOAD, fraction=0.0), report_pb2.Progress),
+    (FULL_COST.latency, report_pb2.Latency),  # type: ignore[list-item]
+    (COST, report_pb2.Cost),
+    (FULL_COST, report_pb2.Cost),
+    (DRIFT[0], report_pb2.Drift),
+    (DRIFT[1], report_pb2.Drift),
+    (GROUP, report_pb2.Group),
+    (FROZEN, report_pb2.Frozen),
+    (VERIFICATION, report_pb2.Verification),
+    (report.Inspection(groups=(GROUP,), frozen=(FROZEN,), cost=COST), report_pb2.Inspection),
+    (
+        report.Report(
+            before=FULL_COST,
+            after=COST,
+            groups=(GROUP, GROUP),
+            frozen=(),
+            verification=VERIFICATION,
+            warnings=("slower",),
+            seconds={"LOAD": 0.5, "VERIFY": 0.0},
+        ),
+        report_pb2.Report,
+    ),
+    (report.Profile(model=COST), report_pb2.Profile),
+    (
+        report.Profile(model=COST, against=FULL_COST, latency_ratio=0.5, drift=DRIFT),
+        report_pb2.Profile,
+    ),
+    (
+        Refusal(code=Code.UNREACHABLE_TARGET, message="m", nodes=("a",), expected="1", found="2"),
+        refusal_pb2.Refusal,
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), VALUES, ids=lambda v: type(v).__name__)
+def test_values_come_back_equal(value: pydantic.BaseModel, message: Any) -> None:
+    sent = message.FromString(_wire.to_wire(value, message()).SerializeToString())
+    assert _wire.from_wire(sent, type(value)) == value
+
+
+@pytest.mark.parametrize(("value", "message"), VALUES, ids=lambda v: type(v).__name__)
+def test_fields_have_the_same_names(value: pydantic.BaseModel, message: Any) -> None:
+    assert set(message.DESCRIPTOR.fields_by_name) == set(type(value).model_fields)
+
+
+def test_every_value_of_the_report_has_a_message() -> None:
+    defined = {
+        name
+        for name, kind in vars(report).items()
+        if isinstance(kind, type) and issubclass(kind, report._Value) and not name.startswith("_")
+    }
+    assert defined == {type(v).__name__ for v, _ in VALUES} - {"Refusal"}
+    assert defined == set(report_pb2.DESCRIPTOR.message_types_by_name)
+
+
+def enum_names(enum: Any, prefix: str) -> set[str]:
+    names = {value.name for value in enum.DESCRIPTOR.values if value.number != 0}
+    assert all(name.startswith(prefix) for name in names)
+    return {name.removeprefix(prefix) for name in names}
+
+
+def test_enums_have_the_same_values() -> None:
+    assert enum_names(report_pb2.Stage, "STAGE_") == {stage.value for stage in report.Stage}
+    assert enum_names(refusal_pb2.RefusalCode, "REFUSAL_CODE_") == {code.value for code in Code}
+    for enum, prefix, literal in (
+        (recipe_pb2.Criterion, "CRITERION_", Criterion),
+        (recipe_pb2.Granularity, "GRANULARITY_", Granularity),
+        (recipe_pb2.Scope, "SCOPE_", Recipe.model_fields["scope"].annotation),
+    ):
+        wanted = {name.upper() for name in typing.get_args(literal)}
+        assert enum_names(enum, prefix) == wanted
+
+
+def test_numbers_that_json_cannot_write_come_back() -> None:
+    drift = report.Drift(output="y", relative_error=math.inf, cosine=math.nan)
+    back = _wire.from_wire(_wire.to_wire(drift, report_pb2.Drift()), report.Drift)
+    assert back.relative_error == math.inf
+    assert math.isnan(back.cosine)
+
+
+# ---- recipes -----------------------------------------------------------------------------------
+
+
+def test_recipe_comes_back_equal() -> None:
+    recipe = Recipe(
+        target={"macs": 0.5, "params": 0.1},
+        criterion="bn_scale",
+        granularity=("head",),
+        scope="global",
+        ignore=("a*", "b"),
+        round_to=8,
+        seed=2**32 - 1,
+    )
+    sent = _wire.recipe_to_wire(recipe)
+    assert _wire.recipe_from_wire(recipe_pb2.Recipe.FromString(sent.SerializeToString())) == recipe
+    assert set(sent.DESCRIPTOR.fields_by_name) == set(Recipe.model_fields)
+
+
+def test_unset_recipe_fields_take_the_defaults() -> None:
+    assert _wire.recipe_from_wire(recipe_pb2.Recipe()) == Recipe()
+    unspecified = recipe_pb2.Recipe(
+        criterion=recipe_pb2.CRITERION_UNSPECIFIED, scope=recipe_pb2.SCOPE_UNSPECIFIED
+    )
+    assert _wire.recipe_from_wire(unspecified) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"target": {"macs": 2.0}}, Code.INVALID_TARGET),
+        ({"target": {"macs": float("nan")}}, Code.INVALID_TARGET),
+        ({"target": {"beauty": 0.5}}, Code.INVALID_TARGET),
+        ({"round_to": 0}, Code.INVALID_RECIPE),
+        ({"repair": True}, Code.INVALID_RECIPE),
+        ({"criterion": 99}, Code.INVALID_RECIPE),
+        ({"granularity": [recipe_pb2.GRANULARITY_UNSPECIFIED]}, Code.INVALID_RECIPE),
+    ],
+)
+def test_bad_recipes_are_refused(fields: dict[str, Any], code: Code) -> None:
+    with pytest.raises(errors.Refused) as caught:
+        _wire.recipe_from_wire(recipe_pb2.Recipe(**fields))
+    assert caught.value.refusal.code is code
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+class FailedCall(grpc.RpcError):
+    """What a client sees of a status."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return next(code for code in grpc.StatusCode if code.value[0] == self._status.code)
+
+    def details(self) -> str:
+        return str(self._status.message)
+
+    def trailing_metadata(self) -> Any:
+        return ((_wire.STATUS_KEY, self._status.SerializeToString()),)
+
+
+@pytest.mark.parametrize("code", list(Code))
+def test_every_refusal_crosses_whole(code: Code) -> None:
+    refusal = Refusal(
+        code=code, message="über", nodes=("a", "b"), expected="1", found="2", hint="do"
+    )
+    status = _wire.refusal_to_status(refusal, "id")
+    assert grpc.StatusCode.OK.value[0] != status.code
+    error = _wire.error_of(FailedCall(status), "target")
+    assert isinstance(error, errors.Refused)
+    assert error.refusal == refusal
+    assert isinstance(error, errors.VerificationFailed) == (code is Code.VERIFICATION_FAILED)
+
+
+def test_status_carries_what_any_grpc_program_understands() -> None:
+    refusal = Refusal(code=Code.UNREACHABLE_TARGET, message="m", expected="1", found="2")
+    status = _wire.refusal_to_status(refusal, "the-id")
+    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
+    assert status.details[0].Unpack(info) and status.details[1].Unpack(request)
+    assert (info.reason, info.domain) == ("UNREACHABLE_TARGET", "secateur.dev")
+    assert dict(info.metadata) == {"expected": "1", "found": "2"}
+    assert request.request_id == "the-id"
+
+
+def test_large_refusals_are_cut_to_fit_in_metadata() -> None:
+    nodes = tuple(f"some/rather/long/name/of/a/node/{i}" for i in range(5000))
+    refusal = Refusal(code=Code.INVALID_MODEL, message="é" * 9000, nodes=nodes, found="f" * 9000)
+    status = _wire.refusal_to_status(refusal, "id")
+    assert len(status.SerializeToString()) * 4 / 3 < 8000
+    error = _wire.error_of(FailedCall(status), "target")
+    assert isinstance(error, errors.Refused)
+    kept = error.refusal.nodes
+    assert kept[:-1] == nodes[: len(kept) - 1]
+    assert kept[-1] == f"… and {len(nodes) - len(kept) + 1} more"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, errors.ServerError),
+        (grpc.StatusCode.INTERNAL, errors.ServerError),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.ServerError),
+        (grpc.StatusCode.INVALID_ARGUMENT, errors.ServerError),
+        (grpc.StatusCode.CANCELLED, errors.Cancelled),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, errors.Cancelled),
+    ],
+)
+def test_other_failures_become_the_two_other_exceptions(
+    code: grpc.StatusCode, kind: type[Exception]
+) -> None:
+    status = _wire.failure_to_status(code, "text", "REASON", "id")
+    assert type(_wire.error_of(FailedCall(status), "target")) is kind
+
+
+def test_refusal_of_a_newer_server_is_shown_as_text() -> None:
+    refusal = refusal_pb2.Refusal(code=9999, message="m")  # type: ignore[arg-type]
+    status = status_pb2.Status(code=3, message="what it says")
+    status.details.add().Pack(refusal)
+    error = _wire.error_of(FailedCall(status), "target")
+    assert isinstance(error, errors.ServerError)
+    assert "what it says" in str(error)
