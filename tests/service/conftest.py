@@ -63,9 +63,16 @@ class Server:
         """Sends a signal and waits for the end; gives the exit code."""
         self.process.send_signal(number)
         code = self.process.wait(timeout=20)
+        self.close()
+        return code
+
+    def close(self) -> None:
+        """Makes sure that it is gone."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
-        return code
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> float:
@@ -115,8 +122,7 @@ def own_server(tmp_path: pathlib.Path) -> Iterator[Callable[..., Server]]:
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.stop(signal.SIGKILL)
+        one.close()
 
 
 @pytest.fixture(scope="session")
@@ -147,9 +153,9 @@ def perceptron(inputs: int, hidden: int, outputs: int, **changes: Any) -> bytes:
     """Serialised Gemm, Relu, Gemm with random weights."""
     random = np.random.default_rng(0)
     weights = {
-        "w1": random.standard_normal((inputs, hidden), dtype=np.float32) / np.sqrt(inputs),
+        "w1": random.standard_normal((inputs, hidden), np.float32) / np.float32(inputs**0.5),
         "b1": random.standard_normal(hidden, dtype=np.float32),
-        "w2": random.standard_normal((hidden, outputs), dtype=np.float32) / np.sqrt(hidden),
+        "w2": random.standard_normal((hidden, outputs), np.float32) / np.float32(hidden**0.5),
     }
     make = onnx.helper.make_node
     nodes = [

@@ -1,0 +1,273 @@
+"""Jobs: the same as in process, ended when nobody waits, and alone in their death."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+import numpy as np
+import pytest
+from conftest import DIGITS, Server, frozen, is_gone, perceptron, wait_for
+
+import secateur
+import secateur.aio
+from secateur import Recipe, Stage
+from secateur.service.pool import Worker
+from secateur.v1 import pruning_pb2, pruning_pb2_grpc
+
+HALF = Recipe(target={"macs": 0.5})
+
+
+# ---- the same as in process --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits_cnn.onnx", "digits_transformer.onnx"])
+def test_same_bytes_and_plan_as_in_process(client: secateur.Client, name: str) -> None:
+    local = secateur.prune(DIGITS / name, HALF, measure_latency=False)
+    remote = client.prune(DIGITS / name, HALF)
+    assert remote.model == local.model
+    assert remote.plan == local.plan
+    assert remote.report.groups == local.report.groups
+    assert remote.report.frozen == local.report.frozen
+    assert remote.report.after.macs == local.report.after.macs
+
+
+def test_same_bytes_through_blobs(client: secateur.Client, wide: pathlib.Path) -> None:
+    recipe = Recipe(target={"channels": 0.6})
+    local = secateur.prune(wide, recipe, measure_latency=False)
+    assert len(local.model) > 2 << 20
+    assert client.prune(wide, recipe).model == local.model
+    assert client.prune(wide.read_bytes(), recipe).model == local.model
+
+
+def test_every_way_to_hand_in_calibration_gives_the_same(
+    client: secateur.Client, cnn: pathlib.Path, calibration: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    recipe = Recipe(target={"macs": 0.5}, criterion="activation")
+    local = secateur.prune(cnn, recipe, calibration=calibration, measure_latency=False)
+    with np.load(calibration) as arrays:
+        samples = arrays["input"]
+    assert client.prune(cnn, recipe, calibration=calibration).model == local.model
+    assert client.prune(cnn, recipe, calibration={"input": samples}).model == local.model
+    for number, part in enumerate(np.array_split(samples, 2)):
+        np.savez(tmp_path / f"{number}.npz", input=part)
+    folder = secateur.prune(cnn, recipe, calibration=tmp_path, measure_latency=False)
+    remote = client.prune(cnn, recipe, calibration=tmp_path)
+    assert remote.model == folder.model
+    assert remote.report.verification.from_calibration
+
+
+def test_plan_replays_to_the_same_bytes(client: secateur.Client, cnn: pathlib.Path) -> None:
+    first = client.prune(cnn, HALF)
+    assert client.prune(cnn, plan=first.plan).model == first.model
+    assert secateur.prune(cnn, plan=first.plan, measure_latency=False).model == first.model
+
+
+def test_inspect_and_profile_as_in_process(client: secateur.Client, cnn: pathlib.Path) -> None:
+    assert client.inspect(cnn, HALF) == secateur.inspect(cnn, HALF)
+    found = client.profile(cnn, against=DIGITS / "digits_cnn.onnx")
+    assert found.model.macs == secateur.inspect(cnn).cost.macs
+    assert found.against is not None and found.latency_ratio is not None
+    assert all(drift.relative_error < 1e-5 for drift in found.drift)
+
+
+async def test_asyncio_client_gives_the_same(
+    server: Server, client: secateur.Client, cnn: pathlib.Path, wide: pathlib.Path
+) -> None:
+    async with secateur.aio.Client(server.address, timeout=60) as other:
+        assert await other.health() is True
+        steps: list[secateur.Progress] = []
+        one = await other.prune(cnn, HALF, progress=steps.append)
+        assert one.model == client.prune(cnn, HALF).model
+        assert steps
+        two = await other.prune(wide, Recipe(target={"channels": 0.6}))
+        assert two.model == client.prune(wide, Recipe(target={"channels": 0.6})).model
+        assert await other.inspect(cnn) == client.inspect(cnn)
+        assert (await other.profile(cnn)).against is None
+
+
+def test_model_objects_are_taken(client: secateur.Client, cnn: pathlib.Path) -> None:
+    import onnx
+    import onnx_ir
+
+    proto = onnx.load(cnn)
+    expected = secateur.inspect(cnn).groups
+    assert client.inspect(proto).groups == expected
+    assert client.inspect(onnx_ir.from_proto(proto)).groups == expected
+    with pytest.raises(TypeError, match="int"):
+        client.inspect(3)
+
+
+def test_progress_is_typed_and_never_falls(client: secateur.Client, cnn: pathlib.Path) -> None:
+    steps: list[secateur.Progress] = []
+    client.prune(cnn, HALF, progress=steps.append)
+    assert all(isinstance(step, secateur.Progress) for step in steps)
+    fractions = [step.fraction for step in steps]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] <= fractions[-1] <= 1
+    order = list(Stage)
+    stages = [order.index(step.stage) for step in steps]
+    assert stages == sorted(stages)
+    assert Stage.VERIFY in {step.stage for step in steps}
+
+
+def test_an_exception_in_the_progress_callback_ends_the_call(
+    client: secateur.Client, cnn: pathlib.Path
+) -> None:
+    def stop(step: secateur.Progress) -> None:
+        raise KeyError(step.stage)
+
+    with pytest.raises(KeyError):
+        client.prune(cnn, HALF, progress=stop)
+    assert client.inspect(cnn)
+
+
+# ---- ended when nobody waits -------------------------------------------------------------------
+
+
+def test_deadline_ends_the_worker(own_server: Callable[..., Server], cnn: pathlib.Path) -> None:
+    server = own_server()
+    worker = server.idle_worker()
+    with secateur.Client(server.address) as client, frozen(worker):
+        start = time.monotonic()
+        with pytest.raises(secateur.Cancelled, match="DEADLINE_EXCEEDED"):
+            client.prune(cnn, timeout=0.5)
+        assert time.monotonic() - start < 1.5
+        assert wait_for(lambda: is_gone(worker), 1.0) < 1.0
+        assert client.inspect(cnn)  # by another worker
+
+
+def test_cancelling_a_task_ends_the_worker(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server()
+    worker = server.idle_worker()
+
+    async def cancel() -> None:
+        async with secateur.aio.Client(server.address) as client:
+            task = asyncio.ensure_future(client.prune(cnn))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(wait_for, lambda: is_gone(worker), 1.0) < 1.0
+
+    with frozen(worker):
+        asyncio.run(cancel())
+
+
+def test_a_client_that_vanishes_ends_the_worker(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server()
+    worker = server.idle_worker()
+    with frozen(worker):
+        channel = grpc.insecure_channel(server.address)
+        model = pruning_pb2.Payload(inline=cnn.read_bytes())
+        call = pruning_pb2_grpc.PruningStub(channel).Prune(pruning_pb2.PruneRequest(model=model))
+        time.sleep(0.3)
+        assert not is_gone(worker)
+        channel.close()
+        wait_for(lambda: is_gone(worker), 1.0)
+        assert call.code() is grpc.StatusCode.CANCELLED
+
+
+def test_children_of_a_worker_end_with_it(own_server: Callable[..., Server]) -> None:
+    worker = own_server().idle_worker()
+    assert os.getpgid(worker) == os.getsid(worker) == worker
+
+    async def end() -> int:
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", "sleep 60 & echo $!; wait"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        child = int(await process.stdout.readline())
+        await Worker(process).end()
+        return child
+
+    child = asyncio.run(end())
+    wait_for(lambda: is_gone(child), 1.0)
+
+
+def test_waiting_jobs_take_their_turn_and_can_be_cancelled(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server()
+    worker = server.idle_worker()
+    found: list[secateur.Inspection] = []
+    with secateur.Client(server.address) as client:
+        with frozen(worker):
+            first = threading.Thread(target=lambda: found.append(client.inspect(cnn)))
+            first.start()
+            time.sleep(0.2)
+            with pytest.raises(secateur.Cancelled):
+                client.inspect(cnn, timeout=0.3)  # waits for the only worker
+            assert not is_gone(worker)  # which works on something else
+        first.join()
+    assert len(found) == 1
+
+
+# ---- alone in their death ----------------------------------------------------------------------
+
+
+def test_a_crashing_worker_is_an_error_of_its_call_only(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server()
+    worker = server.idle_worker()
+    caught: list[Exception] = []
+
+    def call(client: secateur.Client) -> None:
+        try:
+            client.prune(cnn)
+        except secateur.SecateurError as error:
+            caught.append(error)
+
+    with secateur.Client(server.address) as client:
+        with frozen(worker):
+            thread = threading.Thread(target=call, args=(client,))
+            thread.start()
+            time.sleep(0.3)
+            os.kill(worker, signal.SIGKILL)
+            thread.join(timeout=10)
+        assert [type(error) for error in caught] == [secateur.ServerError]
+        assert "worker process died" in str(caught[0])
+        assert client.prune(cnn, HALF).model
+
+
+def test_an_idle_worker_that_dies_is_replaced(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server()
+    os.kill(server.idle_worker(), signal.SIGKILL)
+    with secateur.Client(server.address) as client:
+        assert client.inspect(cnn)
+
+
+def test_jobs_leave_no_files(own_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
+    server = own_server("--folder", str(tmp_path / "home"))
+    with secateur.Client(server.address) as client:
+        client.prune(perceptron(16, 32, 8))
+        with pytest.raises(secateur.Refused):
+            client.prune(b"nonsense")
+        with frozen(server.idle_worker()), pytest.raises(secateur.Cancelled):
+            client.prune(perceptron(16, 32, 8), timeout=0.3)
+    wait_for(lambda: not list((tmp_path / "home" / "jobs").iterdir()))
+    assert not list((tmp_path / "home" / "uploads").iterdir())
+
+
+def test_unreachable_server_is_an_error(cnn: pathlib.Path) -> None:
+    with (
+        secateur.Client("127.0.0.1:1", timeout=10) as client,
+        pytest.raises(secateur.ServerError, match="UNAVAILABLE"),
+    ):
+        client.inspect(cnn)
