@@ -135,7 +135,10 @@ def report(found: Report, out: pathlib.Path) -> None:
 
 
 def inspection(found: Inspection) -> None:
-    """Shows what can go in a model: groups that look alike share a row."""
+    """Shows what can go in a model: groups that look alike share a row.
+
+    `units` is how many each of them has, `width` the channels that one unit takes.
+    """
     console = _console()
     cost = found.cost
     console.print(
@@ -171,7 +174,7 @@ def _costs(first: str, one: Cost, second: str | None, other: Cost | None) -> ric
     if other is not None:
         table.add_column(rich.markup.escape(second or ""), justify="right")
         table.add_column("kept", justify="right")
-    for name, get, show in _MEASURES:
+    for name, get, show in MEASURES:
         values = [get(cost) for cost in (one, other) if cost is not None]
         if all(value is None for value in values):
             continue
@@ -190,7 +193,7 @@ def _groups(groups: Iterable[Group]) -> rich.table.Table:
         alike[key].append(group)
     rows = sorted(alike.items(), key=lambda row: (row[0][0], -row[0][3] * row[0][4] * len(row[1])))
     table = rich.table.Table(box=None, pad_edge=False)
-    for name in ("groups", "units each", "channels a unit"):
+    for name in ("groups", "units", "width"):
         table.add_column(name, justify="right")
     for name in ("kind", "for example", "stays because"):
         table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=40)
@@ -223,9 +226,10 @@ def _frozen(console: rich.console.Console, frozen: tuple[Frozen, ...]) -> None:
         places[key].append(one.node)
     for key, kept in channels.most_common(_REASONS):
         what = " ".join(part for part in key if part)
-        where = places[key]
+        where = [node for node in places[key] if node]
+        at = f" at {where[0]}" if where else ""
         also = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        console.print(f"stays: {kept} channels, {what} at {where[0]}{also}", markup=False)
+        console.print(f"stays: {kept} channels, {what}{at}{also}", markup=False)
     if len(channels) > _REASONS:
         console.print(f"and {len(channels) - _REASONS} more reasons; see --json")
 
@@ -248,7 +252,8 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3g} ms"
 
 
-_MEASURES: tuple[tuple[str, Any, Any], ...] = (
+# (what, its value in a Cost or None, how it is written)
+MEASURES: tuple[tuple[str, Any, Any], ...] = (
     ("MACs", lambda cost: cost.macs, _count),
     ("params", lambda cost: cost.params, _count),
     ("size", lambda cost: cost.bytes, _bytes),

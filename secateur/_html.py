@@ -1,0 +1,127 @@
+"""A report as one HTML page that needs nothing else: no script, no network, no second file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+
+import secateur
+from secateur._show import MEASURES
+from secateur.report import Report
+
+_STYLE = """
+:root { color-scheme: light dark; --bar: #5b8c5a; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0 1.5rem; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+code { overflow-wrap: anywhere; }
+.warn { border-left: 4px solid #c80; padding-left: .8rem; }
+.bar { background: var(--line); width: 9rem; height: .7rem; }
+.bar div { background: var(--bar); height: 100%; }
+"""
+
+
+def page(report: Report, title: str) -> str:
+    """The page, for the model file called `title`."""
+    name = html.escape(title)
+    parts = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{name}: pruning report</title>',
+        f"<style>{_STYLE}</style></head><body><h1>{name}</h1>",
+        *(f'<p class="warn">{html.escape(warning)}</p>' for warning in report.warnings),
+        "<h2>Cost</h2>",
+        _costs(report),
+        "<h2>Drift</h2>",
+        _drift(report),
+        f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
+        _groups(report),
+        "<h2>What stays, and why</h2>",
+        _frozen(report),
+        "<h2>Time</h2>",
+        _table(
+            ("Stage", "Seconds"),
+            ((html.escape(stage.lower()), f"{s:.2f}") for stage, s in report.seconds.items()),
+            numbers=(1,),
+        ),
+        f"<footer>secateur {html.escape(secateur.__version__)}</footer></body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _costs(report: Report) -> str:
+    rows = []
+    for name, get, show in MEASURES:
+        before, after = get(report.before), get(report.after)
+        if before is None and after is None:
+            continue
+        texts = ["–" if value is None else show(value) for value in (before, after)]
+        share = after / before if before and after is not None else None
+        kept = "–" if share is None else f"{share:.1%}"
+        rows.append((name, *texts, kept, "" if share is None else _bar(share)))
+    return _table(("", "Original", "Pruned", "Kept", ""), rows, numbers=(1, 2, 3))
+
+
+def _drift(report: Report) -> str:
+    checked = report.verification
+    source = "calibration samples" if checked.from_calibration else "random inputs"
+    sizes = ", ".join(map(str, checked.batch_sizes))
+    rows = (
+        (
+            f"<code>{html.escape(one.output)}</code>",
+            f"{one.relative_error:.2e}",
+            f"{one.cosine:.5f}",
+            "–" if one.top1_agreement is None else f"{one.top1_agreement:.1%}",
+        )
+        for one in checked.drift
+    )
+    said = f"<p>Ran in ONNX Runtime on {checked.samples} {source}, batch size {sizes}.</p>"
+    heads = ("Output", "Relative error", "Cosine", "Same top-1")
+    return said + _table(heads, rows, numbers=(1, 2, 3))
+
+
+def _groups(report: Report) -> str:
+    rows = (
+        (
+            html.escape(group.kind),
+            f"{group.kept} of {group.units}",
+            _bar(group.kept / group.units if group.units else 1.0),
+            f"<code>{html.escape(', '.join(group.tensors[:4]))}"
+            f"{' …' if len(group.tensors) > 4 else ''}</code>",
+            html.escape(group.frozen),
+        )
+        for group in report.groups
+    )
+    return _table(("Kind", "Kept", "", "Tensors", "Stays because"), rows, numbers=(1,))
+
+
+def _frozen(report: Report) -> str:
+    rows = (
+        (
+            html.escape(one.code),
+            f"<code>{html.escape(one.node)}</code>",
+            html.escape(one.op_type),
+            html.escape(one.detail),
+            str(one.channels),
+        )
+        for one in report.frozen
+    )
+    return _table(("Reason", "Node", "Operator", "", "Channels"), rows, numbers=(4,))
+
+
+def _bar(share: float) -> str:
+    return f'<div class="bar"><div style="width:{min(max(share, 0.0), 1.0):.1%}"></div></div>'
+
+
+def _table(
+    heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], numbers: tuple[int, ...] = ()
+) -> str:
+    """A table of cells that are HTML already."""
+
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        kinds = (' class="n"' if i in numbers else "" for i in range(len(cells)))
+        made = (f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(made)}</tr>"
+
+    body = "\n".join(line("td", row) for row in rows)
+    return f"<table>{line('th', heads)}\n{body}</table>"
