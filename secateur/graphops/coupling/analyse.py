@@ -45,6 +45,7 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
     for value in graph.outputs:
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")
+    flow.freeze_held()
     _ignore(flow, graph, ignore)
     return units.build(flow, tuple(macs))
 
@@ -67,15 +68,24 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 def _visit(flow: Flow, node: ir.Node) -> None:
     captured = _captured(node)
     if captured is not None:
+        flow.hold(node)
         for value in (*node.inputs, *captured):
             flow.freeze_value(value, node, "SUBGRAPH", "is read by a subgraph")
         return
     if _is_shape_arithmetic(flow, node):
+        flow.hold(node)
         return
     rule = rules.find(node.domain, node.op_type, flow.opset(node))
     if rule is None:
         _freeze_reached(flow, node, "NO_RULE", "the operator has no rule")
         return
+    for index, value in enumerate(node.inputs):
+        if rule.reads is None or index in rule.reads or value is None:
+            continue
+        if value.name in flow.constants:
+            flow.held.setdefault(value.name, node)
+        else:
+            flow.freeze_value(value, node, "UNSUPPORTED_FORM", f"reaches input {index}")
     try:
         rule.couple(flow, node)
     except _MALFORMED as error:
@@ -95,10 +105,9 @@ def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
 
 def _freeze_reached(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
     """Freezes the labels that reach a node; its own constants just stay as they are."""
+    flow.hold(node)
     for value in node.inputs:
-        if value is None:
-            continue
-        if value.name not in flow.constants or len(value.uses()) > 1 or value.name in flow.blocks_of:
+        if value is not None and value.name not in flow.constants:
             flow.freeze_value(value, node, code, detail)
 
 

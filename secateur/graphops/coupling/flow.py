@@ -67,6 +67,7 @@ class Flow:
     segments: list[Labels] = field(default_factory=list)
     heads: list[Labels] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    held: dict[str, ir.Node] = field(default_factory=dict)
     labels: int = 1  # label 0 is FIXED
     _reason_ids: dict[Reason, int] = field(default_factory=dict)
 
@@ -115,8 +116,16 @@ class Flow:
         return np.arange(start, start + count, dtype=np.int32)
 
     def set(self, value: ir.Value, blocks: Blocks) -> None:
-        """Sets the blocks of an output."""
+        """Sets the blocks of an output.
+
+        Raises:
+            ValueError: a block does not fit the output's shape; the node is then frozen.
+        """
+        shape = self.shape(value)
         for block in blocks:
+            for axis, size in zip(block.axes, block.labels.shape, strict=True):
+                if shape is not None and (axis >= len(shape) or shape[axis] not in (size, None)):
+                    raise ValueError(f"axis {axis} of {value.name!r} holds {size} labels: {shape}")
             if len(block.axes) > 1:
                 self.rectangles.append(block.labels)
         if value.name:
@@ -171,15 +180,21 @@ class Flow:
         if value.name:
             self.blocks_of[value.name] = tuple(blocks)
 
-    def freeze_shared_constants(self, node: ir.Node) -> None:
-        """Keeps the node's constants that have other readers, where the node itself moves nothing.
+    def hold(self, node: ir.Node) -> None:
+        """Keeps the node's constants whole, where the node itself moves nothing.
 
-        Constants of its own simply stay whole; naming each of their positions would cost time
-        and say nothing.
+        They get no labels for it: naming each of their positions would cost time and say
+        nothing. Only what another reader labels is frozen, at the end.
         """
         for value in node.inputs:
-            if value is not None and value.name in self.constants and len(value.uses()) > 1:
-                self.freeze_value(value, node, "BARE_AXIS", "meets positions that cannot be cut")
+            if value is not None and value.name in self.constants:
+                self.held.setdefault(value.name, node)
+
+    def freeze_held(self) -> None:
+        """Freezes the labels that other readers gave to constants that must stay whole."""
+        for name, node in self.held.items():
+            for block in self.blocks_of.get(name, BARE):
+                self.freeze(block.labels, node, "BARE_AXIS", "meets positions that cannot be cut")
 
     def collapse(self, value: ir.Value, block: Block, axis: int) -> Block:
         """Makes whole slices along `axis` the units of a joint block: equal along the others."""

@@ -28,7 +28,15 @@ Array = npt.NDArray[Any]
 # Sizes to try for symbolic axes other than the batch, most realistic first. Each pair is the two
 # bindings. Images want multiples of 32, position tables may be short, raw audio is long.
 _SEQUENCES = ((128, 96), (64, 48), (32, 24), (16, 12), (8, 6), (4, 3))
-_IMAGES = ((224, 192), (256, 320), (64, 96), (32, 64), (512, 640), (16, 24))
+_IMAGES = (  # height, width; a line of text is 32 or 48 high
+    ((224, 192), (224, 192)),
+    ((256, 320), (256, 320)),
+    ((64, 96), (64, 96)),
+    ((48, 48), (320, 256)),
+    ((32, 32), (320, 256)),
+    ((512, 640), (512, 640)),
+    ((16, 24), (16, 24)),
+)
 _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
 
@@ -134,8 +142,9 @@ def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int
         return _BATCHES  # type: ignore[return-value]
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
     if rank >= 4 and not integer:
-        choices = _IMAGES
-    elif rank <= 3 and not integer and axis == rank - 1:
+        height, width = _IMAGES[min(attempt, len(_IMAGES) - 1)]
+        return width if axis == rank - 1 else height
+    if rank <= 3 and not integer and axis == rank - 1:
         choices = _AUDIO
     else:
         choices = _SEQUENCES
@@ -217,7 +226,7 @@ class _Skeleton:
                 self._proto, strict_mode=strict, data_prop=True
             )
         except onnx.shape_inference.InferenceError as error:
-            if strict and "ncompatible" in str(error):
+            if strict and _contradicts(error):
                 raise _InvalidBinding from None
             return self._whole_graph(strict=False) if strict else []
         except Exception:  # malformed attributes; the walk keeps what it can
@@ -244,9 +253,16 @@ class _Skeleton:
             return
         if strict and node.op_type == "Gather":
             _check_indices(node, shapes, values)
+        if strict and node.op_type in _BROADCASTING:
+            _check_broadcast(node, shapes)
         if all(_is_complete(shapes.get(value.name or "")) for value in node.outputs if value.name):
             return
-        self._infer_node(node, serialised, types, shapes, values)
+        if node.op_type in _KEEP_SHAPE and node.inputs and node.inputs[0] is not None:
+            source, name = node.inputs[0].name or "", str(node.outputs[0].name)
+            if source in types:
+                types[name], shapes[name] = types[source], shapes.get(source)
+            return
+        self._infer_node(node, serialised, types, shapes, values, strict)
 
     def _evaluate(
         self, node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
@@ -283,6 +299,7 @@ class _Skeleton:
         types: dict[str, onnx.TypeProto],
         shapes: dict[str, Shape | None],
         values: Mapping[str, Array],
+        strict: bool,
     ) -> None:
         domain = "" if node.domain == "ai.onnx" else node.domain
         if not onnx.defs.has(node.op_type, domain):
@@ -304,12 +321,23 @@ class _Skeleton:
                 opset_imports=self._imports,
                 ir_version=max(self._model.ir_version, 4),
             )
+        except onnx.shape_inference.InferenceError as error:
+            if strict and _contradicts(error):
+                raise _InvalidBinding from None
+            return
         except Exception:  # no schema, or the node is malformed: unknown is a valid answer
             return
         for name, type_proto in inferred.items():
             types[name] = type_proto
             shapes[name] = _shape_of(type_proto)
 
+
+# Operators whose first output is like the first input and whose schema does not say so.
+_KEEP_SHAPE = frozenset(
+    "GroupNormalization BiasGelu FastGelu QuickGelu SkipLayerNormalization "
+    "SkipSimplifiedLayerNormalization BiasAdd RotaryEmbedding".split()
+)
+_BROADCASTING = frozenset("Add Sub Mul Div Pow Where And Or Equal Less Greater".split())
 
 _EVALUATED = (
     ir.DataType.INT64,
@@ -332,6 +360,11 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
+def _contradicts(error: Exception) -> bool:
+    """Whether inference failed because two sizes disagree, not for lack of knowledge."""
+    return any(word in str(error).lower() for word in ("incompatible", "mismatch", "divisible"))
+
+
 def _check_indices(
     node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
 ) -> None:
@@ -344,6 +377,16 @@ def _check_indices(
     size = None if not shape else shape[0 if axis is None else int(axis.value)]
     if known is not None and known.size and size is not None and int(known.max()) >= size:
         raise _InvalidBinding
+
+
+def _check_broadcast(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
+    """Whole-graph inference lets operands pass whose sizes disagree."""
+    known = [shapes.get(value.name or "") for value in node.inputs if value is not None]
+    complete = [shape for shape in known if shape is not None and None not in shape]
+    try:
+        np.broadcast_shapes(*complete)  # type: ignore[arg-type]
+    except ValueError:
+        raise _InvalidBinding from None
 
 
 def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:

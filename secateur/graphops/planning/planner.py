@@ -98,7 +98,7 @@ def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
 def _protected(coupling: Coupling, scores: Scores) -> Mask:
     """The best unit of every range of which something must stay."""
     protected = np.zeros(coupling.count + 1, np.bool_)
-    for segment in coupling.segments:
+    for segment in (segment.reshape(-1) for segment in coupling.segments):
         if segment.size and segment.all():
             protected[segment[np.argmax(scores[segment])]] = True
     return protected

@@ -12,9 +12,10 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE
 from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
 
 UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast CastLike Ceil Celu Cos Cosh Dropout Elu "
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot CastLike Ceil Celu Cos Cosh Dropout Elu "
     "Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
     "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
     "Tanh ThresholdedRelu Clip"
@@ -30,6 +31,20 @@ def couple_unary(flow: Flow, node: ir.Node) -> None:
     blocks = flow.blocks(node.inputs[0])
     for output in node.outputs:
         flow.set(output, blocks)
+
+
+def rewrite_cast(surgeon: Surgeon, node: ir.Node) -> None:
+    """A size that becomes a number keeps the value it had.
+
+    Exporters compute attention's 1/√d and the divisors of means from shapes. The law compares
+    with the original's arithmetic, so a number computed from a tensor that shrinks is pinned;
+    one that follows the input sizes is left to follow them.
+    """
+    number = surgeon.value(node.outputs[0])
+    if number is None or number.dtype.kind != "f" or not surgeon.is_fixed(node.outputs[0]):
+        return
+    if surgeon.measures_a_cut(node.inputs[0]):
+        surgeon.replace_by_constant(node.outputs[0], number)
 
 
 def couple_broadcast(flow: Flow, node: ir.Node) -> None:
@@ -50,8 +65,7 @@ def couple_broadcast(flow: Flow, node: ir.Node) -> None:
 def _nothing_moves(flow: Flow, node: ir.Node) -> bool:
     """Whether an activation without labels spans the whole result, as in mask arithmetic.
 
-    The constants it meets then stay whole; naming each such position would only cost time. Those
-    with other readers are frozen, so that nothing is cut from the other side.
+    The constants it meets then stay whole.
     """
     shape = flow.shape(node.outputs[0])
     spanning = False
@@ -62,7 +76,7 @@ def _nothing_moves(flow: Flow, node: ir.Node) -> bool:
             return False
         spanning |= flow.shape(value) == shape
     if spanning:
-        flow.freeze_shared_constants(node)
+        flow.hold(node)
         flow.set(node.outputs[0], BARE)
     return spanning
 
@@ -83,6 +97,7 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
     flow.set(node.outputs[0], flow.meet(node, operands, list(range(size))))
 
 
-register(UNARY, "unary", couple_unary)
+register(UNARY, "unary", couple_unary, reads=(0,))
+register("Cast", "unary", couple_unary, rewrite=rewrite_cast, reads=(0,))
 register(BROADCASTING, "broadcast", couple_broadcast)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)

@@ -36,17 +36,14 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
     blocks = flow.blocks(value)
     if not blocks or value is None:
         return
-    index = None
-    if shape is not None:
-        values: list[object] = [None, *(flow.value(item) for item in node.inputs[1:])]
-        index = _slices(values, node, len(shape))
+    if shape is None:
+        return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    index = _slices([None, *(flow.value(item) for item in node.inputs[1:])], node, len(shape))
     if index is None:
         axes = integers_at(flow, node, 3, "axes")
-        every = axes is None or shape is None
-        for axis in range(len(shape or ())) if every else [a % len(shape or ()) for a in axes or ()]:
-            flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "a range not known beforehand")
-        flow.set(node.outputs[0], BARE if every else flow.blocks(value))
-        return
+        for axis in range(len(shape)) if axes is None else [a % len(shape) for a in axes]:
+            flow.freeze_axis(value, axis, node, "INDEXED", "a range not known beforehand")
+        return flow.set(node.outputs[0], flow.blocks(value))
     result = []
     for block in flow.blocks(value):
         cut = tuple(index[axis] for axis in block.axes)
@@ -57,7 +54,7 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         if labels.size != block.labels.size:
             flow.keep_one(labels)
         result.append(Block(block.axes, labels))
-    flow.set(node.outputs[0], tuple(result))
+    return flow.set(node.outputs[0], tuple(result))
 
 
 def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
@@ -66,6 +63,8 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
     if value is None or not surgeon.changed(value):
         return
     shape = surgeon.shape(value)
+    if not shape:
+        return
     inputs = [None, *(surgeon.value(item) for item in node.inputs[1:])]
     index = arithmetic.slices(node, inputs, len(shape))
     axes_given = integers_at(surgeon, node, 3, "axes")
@@ -136,7 +135,7 @@ def couple_concat(flow: Flow, node: ir.Node) -> None:
     shape = flow.shape(node.outputs[0])
     moving = [value for value in node.inputs if value and value.name not in flow.constants]
     if moving and not any(flow.blocks(value) for value in moving):
-        flow.freeze_shared_constants(node)
+        flow.hold(node)
         return
     if shape is None:
         for value in node.inputs:
@@ -308,9 +307,9 @@ def rewrite_pad(surgeon: Surgeon, node: ir.Node) -> None:
     surgeon.set_input(node, 1, [front[a] for a in places] + [back[a] for a in places])
 
 
-register("Slice", "indexing", couple_slice, rewrite=rewrite_slice)
-register("Split", "indexing", couple_split, rewrite=rewrite_split)
+register("Slice", "indexing", couple_slice, rewrite=rewrite_slice, reads=(0,))
+register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,))
 register("Concat", "indexing", couple_concat)
-register("Gather", "indexing", couple_gather, rewrite=rewrite_gather)
-register("Pad", "indexing", couple_pad, rewrite=rewrite_pad)
+register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,))
+register("Pad", "indexing", couple_pad, rewrite=rewrite_pad, reads=(0,))
 

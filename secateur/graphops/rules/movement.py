@@ -166,12 +166,12 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
 
 
 
-register("Transpose", "movement", couple_transpose)
-register("Squeeze", "movement", couple_squeeze)
-register("Unsqueeze", "movement", couple_unsqueeze)
-register("Flatten", "movement", couple_reshape)
-register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5)
-register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape_1, until=4)
-register("Expand", "movement", couple_expand, rewrite=rewrite_expand)
-register("Tile", "movement", couple_tile)
+register("Transpose", "movement", couple_transpose, reads=(0,))
+register("Squeeze", "movement", couple_squeeze, reads=(0,))
+register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,))
+register("Flatten", "movement", couple_reshape, reads=(0,))
+register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5, reads=(0,))
+register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape_1, until=4, reads=(0,))
+register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,))
+register("Tile", "movement", couple_tile, reads=(0,))
 

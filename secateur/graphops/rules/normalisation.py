@@ -25,7 +25,11 @@ def couple_per_channel(flow: Flow, node: ir.Node) -> None:
     letters = list(range(size))
     operands: list[tuple[int, list[int]]] = [(0, letters)]
     operands += [(index, [1]) for index, value in enumerate(node.inputs) if index and value]
-    flow.set(node.outputs[0], flow.meet(node, operands, letters))
+    blocks = flow.meet(node, operands, letters)
+    if node.op_type == "InstanceNormalization" or integer(node, "training_mode", 0):
+        # Statistics of the input itself, over everything but the channels.
+        _mark_inexact(flow, node, [axis for axis in letters if axis != 1])
+    flow.set(node.outputs[0], blocks)
 
 
 def couple_across(flow: Flow, node: ir.Node) -> None:
@@ -43,11 +47,7 @@ def couple_across(flow: Flow, node: ir.Node) -> None:
             operands.append((index, letters[size - wide :]))
     blocks = flow.meet(node, operands, letters)
     flow.set(node.outputs[0], blocks)
-    first = integer(node, "axis", -1) % size
-    for block in flow.blocks(value):
-        for axis in block.axes:
-            if axis >= first:
-                flow.contract(node, 0, axis, exact=False)
+    _mark_inexact(flow, node, list(range(integer(node, "axis", -1) % size, size)))
 
 
 def couple_group(flow: Flow, node: ir.Node) -> None:
@@ -82,7 +82,9 @@ def couple_mean_variance(flow: Flow, node: ir.Node) -> None:
     """Normalises over `axes` (by default batch and space): channels alone unless listed."""
     attribute = node.attributes.get("axes")
     axes = [0, 2, 3] if attribute is None else [int(axis) for axis in attribute.as_ints()]
-    _pass_inexact(flow, node, axes)
+    size = rank(flow, node.inputs[0]) or 1
+    _mark_inexact(flow, node, [axis % size for axis in axes])
+    flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
 
 
 def couple_lp(flow: Flow, node: ir.Node) -> None:
@@ -102,14 +104,12 @@ def couple_lrn(flow: Flow, node: ir.Node) -> None:
         flow.set(node.outputs[0], flow.blocks(value))
 
 
-def _pass_inexact(flow: Flow, node: ir.Node, axes: list[int]) -> None:
-    value, size = node.inputs[0], rank(flow, node.inputs[0]) or 1
-    normalised = {axis % size for axis in axes}
-    for block in flow.blocks(value):
+def _mark_inexact(flow: Flow, node: ir.Node, axes: list[int]) -> None:
+    """Records the labelled axes that the node normalises over."""
+    for block in flow.blocks(node.inputs[0]):
         for axis in block.axes:
-            if axis in normalised:
+            if axis in axes:
                 flow.contract(node, 0, axis, exact=False)
-    flow.set(node.outputs[0], flow.blocks(value))
 
 
 register(

@@ -86,9 +86,9 @@ def couple_cumsum(flow: Flow, node: ir.Node) -> None:
     return flow.set(node.outputs[0], flow.blocks(value))
 
 
-register(EXACT, "reduction", couple_exact)
-register(INEXACT, "reduction", couple_inexact)
-register("Softmax LogSoftmax", "reduction", couple_softmax)
-register("Hardmax", "reduction", couple_softmax)
-register("ArgMax ArgMin TopK", "reduction", couple_index)
-register("CumSum", "reduction", couple_cumsum)
+register(EXACT, "reduction", couple_exact, reads=(0,))
+register(INEXACT, "reduction", couple_inexact, reads=(0,))
+register("Softmax LogSoftmax", "reduction", couple_softmax, reads=(0,))
+register("Hardmax", "reduction", couple_softmax, reads=(0,))
+register("ArgMax ArgMin TopK", "reduction", couple_index, reads=(0,))
+register("CumSum", "reduction", couple_cumsum, reads=(0,))

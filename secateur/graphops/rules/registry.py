@@ -34,6 +34,8 @@ class Rule:
         rewrite: adapts attributes and integer inputs of the node after units went.
         macs: multiply-accumulates as a constant times the sizes of some axes.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
+        reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
+            None: all of them.
         domain, op_type: the operator, `ai.onnx` spelt as the empty string.
         since, until: opset versions for which it holds, inclusive.
     """
@@ -43,6 +45,7 @@ class Rule:
     rewrite: Rewrite | None
     macs: Macs | None
     roles: dict[int, str]
+    reads: tuple[int, ...] | None
     domain: str
     op_type: str
     since: int
@@ -61,6 +64,7 @@ def register(
     rewrite: Rewrite | None = None,
     macs: Macs | None = None,
     roles: dict[int, str] | None = None,
+    reads: tuple[int, ...] | None = None,
     domain: str = "",
     since: int = 1,
     until: int = _LATEST,
@@ -79,7 +83,7 @@ def register(
                     f"{other.since}..{other.until} already"
                 )
         rules.append(
-            Rule(family, couple, rewrite, macs, roles or {}, domain, op_type, since, until)
+            Rule(family, couple, rewrite, macs, roles or {}, reads, domain, op_type, since, until)
         )
 
 

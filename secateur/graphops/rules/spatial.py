@@ -92,8 +92,8 @@ def couple_roi(flow: Flow, node: ir.Node) -> None:
     couple_pool(flow, node)
 
 
-register(POOLS, "spatial", couple_pool)
-register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize)
+register(POOLS, "spatial", couple_pool, reads=(0,))
+register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize, reads=(0,))
 register("DepthToSpace", "spatial", couple_depth_to_space)
 register("SpaceToDepth", "spatial", couple_space_to_depth)
 register("GridSample", "spatial", couple_grid_sample)

@@ -71,6 +71,27 @@ class Surgeon:
         """A small constant or result of shape arithmetic, before the cut."""
         return None if value is None else self._coupling.shapes.values.get(value.name or "")
 
+    def is_fixed(self, value: ir.Value) -> bool:
+        """Whether a known value is the model's own, whatever the input sizes."""
+        fixed = self._coupling.shapes.fixed_entries(value.name or "")
+        return fixed is not None and bool(fixed.all())
+
+    def measures_a_cut(self, value: ir.Value | None) -> bool:
+        """Whether a known value is computed from the shape of a tensor that loses positions."""
+        frontier, seen = [value], set()
+        while frontier:
+            current = frontier.pop()
+            node = current.producer() if current is not None else None
+            if current is None or node is None or current in seen or self.value(current) is None:
+                continue
+            seen.add(current)
+            if node.op_type in ("Shape", "Size"):
+                if self.changed(node.inputs[0]):
+                    return True
+            else:
+                frontier.extend(node.inputs)
+        return False
+
     def opset(self, node: ir.Node) -> int:
         """The version of the node's operator set."""
         return self._opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)
@@ -114,9 +135,15 @@ class Surgeon:
         if producer is not None and producer.op_type == "Constant" and len(old.uses()) == 1:  # type: ignore[union-attr]
             producer.attributes.clear()
             producer.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
-            old.shape = ir.Shape(array.shape)  # type: ignore[union-attr]
+            if old is not None and old.type is not None:
+                old.shape = ir.Shape(array.shape)
             return
         node.replace_input_with(index, self._constant(f"{node.outputs[0].name}__{index}", array))
+
+    def replace_by_constant(self, value: ir.Value, array: Array) -> None:
+        """Makes all readers of a value read a constant; its node is dropped when unread."""
+        if not value.is_graph_output():
+            value.replace_all_uses_with(self._constant(f"{value.name}__fixed", array))
 
     def _constant(self, name: str, array: Array) -> ir.Value:
         taken = self._graph.initializers

@@ -90,8 +90,7 @@ def _reference(
         seen.add(place)
         rank = len(coupling.shapes.of(str(contraction.node.inputs[contraction.index].name)) or ())
         if contraction.exact:
-            if value.name not in coupling.constants:
-                builder.zero(node, contraction.index, contraction.axis, rank, mask)
+            builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
             exceptions.append(node.name or str(node.outputs[0].name))
             builder.without(node, contraction.axis, rank, mask)
@@ -167,7 +166,8 @@ class _Builder:
         node.replace_input_with(0, before.outputs[0])
         if node.op_type.startswith("Reduce"):
             return
-        for index, parameter in enumerate(node.inputs[1:], start=1):
+        across = "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
+        for index, parameter in enumerate(node.inputs[1:] if across else [], start=1):
             if parameter is not None and parameter.const_value is not None:
                 array = parameter.const_value.numpy()
                 own = axis - (rank - array.ndim)
