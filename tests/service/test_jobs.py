@@ -6,6 +6,8 @@ import asyncio
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from collections.abc import Callable
 import grpc
 import numpy as np
 import pytest
+import typer.testing
 from conftest import DIGITS, Server, frozen, is_gone, perceptron, wait_for
 
 import secateur
 import secateur.aio
 from secateur import Recipe, Stage
+from secateur.cli import app
 from secateur.service.pool import Worker
 from secateur.v1 import pruning_pb2, pruning_pb2_grpc
 
@@ -176,6 +180,38 @@ def test_a_client_that_vanishes_ends_the_worker(
         channel.close()
         wait_for(lambda: is_gone(worker), 1.0)
         assert call.code() is grpc.StatusCode.CANCELLED
+
+
+def test_ctrl_c_on_the_command_line_ends_the_worker(
+    own_server: Callable[..., Server], cnn: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    server = own_server("--folder", str(tmp_path / "home"))
+    worker, out = server.idle_worker(), tmp_path / "slim.onnx"
+    # whoever runs the tests may ignore the signal, and children inherit that
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from secateur.cli import main; main()"
+    )
+    flags = ["prune", str(cnn), "-o", str(out), "--server", server.address]
+    with frozen(worker), subprocess.Popen([sys.executable, "-c", code, *flags]) as process:
+        wait_for(lambda: any(tmp_path.glob("home/jobs/*/model.onnx")))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        wait_for(lambda: is_gone(worker), 1.0)
+    assert not out.exists()
+
+
+def test_command_line_with_a_server_writes_the_same(
+    server: Server, cnn: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    said = []
+    for more in ([], ["--server", server.address]):
+        out = tmp_path / f"{len(more)}.onnx"
+        flags = ["prune", str(cnn), "-o", str(out), "--target", "macs=0.5", *more]
+        done = typer.testing.CliRunner().invoke(app, flags)
+        assert done.exit_code == 0, done.output
+        said.append((out.read_bytes(), done.stderr, done.stdout.splitlines()[:3]))
+    assert said[0] == said[1]
 
 
 def test_children_of_a_worker_end_with_it(own_server: Callable[..., Server]) -> None:
