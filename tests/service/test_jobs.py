@@ -210,7 +210,8 @@ def test_command_line_with_a_server_writes_the_same(
         flags = ["prune", str(cnn), "-o", str(out), "--target", "macs=0.5", *more]
         done = typer.testing.CliRunner().invoke(app, flags)
         assert done.exit_code == 0, done.output
-        said.append((out.read_bytes(), done.stderr, done.stdout.splitlines()[:3]))
+        words = [line.split() for line in done.stdout.splitlines()]  # columns follow the times
+        said.append((out.read_bytes(), done.stderr, words[:4]))
     assert said[0] == said[1]
 
 
