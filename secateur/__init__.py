@@ -31,7 +31,7 @@ from secateur.report import Inspection, Profile, Progress, Report, Stage
 from secateur.result import Result
 
 if TYPE_CHECKING:
-    from secateur import aio
+    import secateur.aio as aio
     from secateur.client import Client
     from secateur.graphops import inspect, profile, prune
 
