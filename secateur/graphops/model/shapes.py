@@ -255,6 +255,8 @@ class _Skeleton:
             _check_indices(node, shapes, values)
         if strict and node.op_type in _BROADCASTING:
             _check_broadcast(node, shapes)
+        if strict and node.op_type == "Concat":
+            _check_concat(node, shapes)
         if all(_is_complete(shapes.get(value.name or "")) for value in node.outputs if value.name):
             return
         if node.op_type in _KEEP_SHAPE and node.inputs and node.inputs[0] is not None:
@@ -387,6 +389,18 @@ def _check_broadcast(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
         np.broadcast_shapes(*complete)  # type: ignore[arg-type]
     except ValueError:
         raise _InvalidBinding from None
+
+
+def _check_concat(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
+    """Operands of a Concat agree on every other axis."""
+    known = [shapes.get(value.name or "") for value in node.inputs if value is not None]
+    complete = [shape for shape in known if shape is not None and None not in shape]
+    if not complete or len({len(shape) for shape in complete}) > 1 or not complete[0]:
+        return
+    attribute = node.attributes.get("axis")
+    axis = (1 if attribute is None else int(attribute.value)) % len(complete[0])
+    if len({shape[:axis] + shape[axis + 1 :] for shape in complete}) > 1:
+        raise _InvalidBinding
 
 
 def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
