@@ -1,10 +1,10 @@
 """What can go wrong, as values and as exceptions: one definition for every face.
 
     SecateurError
-    ├── Refused              the model, the recipe or the calibration data cannot be honoured   exit 3
-    │   └── VerificationFailed   the pruned model did not pass its checks; nothing written     exit 4
-    ├── ServerError          the server is unreachable or failed                                exit 5
-    └── Cancelled            the call was cancelled or its deadline passed                      exit 130
+    ├── Refused                  model, recipe or calibration data cannot be honoured   exit 3
+    │   └── VerificationFailed   the pruned model did not pass its checks               exit 4
+    ├── ServerError              the server is unreachable or failed                    exit 5
+    └── Cancelled                the call was cancelled, or its deadline passed         exit 130
 
 A `Refusal` is the value inside: the same object is the text of the exception, the detail of a
 gRPC status and the JSON of the command line.

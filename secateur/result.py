@@ -46,9 +46,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)
-        os.replace(aside, target)
+        pathlib.Path(aside).chmod(0o666 & ~umask)
+        pathlib.Path(aside).replace(target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+            pathlib.Path(aside).unlink()
         raise

@@ -46,7 +46,9 @@ class Calibration:
         """
         for part in self.parts:
             arrays = _read(part) if isinstance(part, pathlib.Path) else part
-            count = _check(arrays, self.expected, str(part) if isinstance(part, pathlib.Path) else "")
+            count = _check(
+                arrays, self.expected, str(part) if isinstance(part, pathlib.Path) else ""
+            )
             for start in range(0, count, self.batch):
                 stop = min(start + self.batch, count)
                 if stop - start < self.batch and self._is_fixed():
@@ -65,9 +67,7 @@ def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     """
     expected = {}
     for value in real_inputs(graph):
-        dims = tuple(
-            dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ()
-        )
+        dims = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ())
         expected[str(value.name)] = ((value.dtype or ir.DataType.FLOAT).numpy(), dims)
     parts: tuple[Mapping[str, Array] | pathlib.Path, ...]
     if isinstance(source, Mapping):
@@ -115,7 +115,8 @@ def _check(
         if array.dtype != dtype:
             raise _invalid(name, "the dtype", dtype, array.dtype, where)
         fits = array.ndim == len(shape) and all(
-            want is None or want == have for want, have in zip(shape[1:], array.shape[1:], strict=True)
+            want is None or want == have
+            for want, have in zip(shape[1:], array.shape[1:], strict=True)
         )
         if not fits:
             wanted = ["N", *("any" if want is None else want for want in shape[1:])]
@@ -131,7 +132,9 @@ def _check(
     count = next(iter(counts.values()), 0)
     fixed = [shape[0] for _, shape in expected.values() if shape and shape[0] is not None]
     if fixed and count < fixed[0]:
-        raise _invalid("", "the number of samples", f"at least the batch of {fixed[0]}", count, where)
+        raise _invalid(
+            "", "the number of samples", f"at least the batch of {fixed[0]}", count, where
+        )
     return count
 
 

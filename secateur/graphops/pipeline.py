@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import tempfile
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import (
@@ -246,7 +248,7 @@ class _Measured:
 
     analysed: _Analysed
     source: bytes | str
-    session: measure.ort.InferenceSession
+    session: ort.InferenceSession
     feeds: Feeds
 
     @classmethod
@@ -275,7 +277,7 @@ class _Measured:
                 path = str(pathlib.Path(folder, "model.onnx"))
                 pathlib.Path(path).write_bytes(self.source)  # type: ignore[arg-type]
             feeds = pathlib.Path(folder, "feeds.npz")
-            np.savez(feeds, **self.feeds)
+            np.savez(feeds, **self.feeds)  # type: ignore[arg-type]
             return measure.peak_memory(path, str(feeds))
 
 
@@ -319,8 +321,8 @@ def _one_sample(analysed: _Analysed, feeds: Feeds) -> Feeds:
 
 def _runnable(model: ModelSource, opened: OpenedModel) -> bytes | str:
     """The original as ONNX Runtime takes it: its path where there is one."""
-    if opened.folder is not None:
-        return str(pathlib.Path(model))
+    if isinstance(model, str | os.PathLike):
+        return str(os.fspath(model))
     if isinstance(model, bytes):
         return model
     return _serialise(opened.model)

@@ -166,7 +166,9 @@ class Flow:
         for block in self.blocks(value):
             self.freeze(block.labels, node, code, detail)
 
-    def freeze_axis(self, value: ir.Value, axis: int, node: ir.Node, code: str, detail: str) -> None:
+    def freeze_axis(
+        self, value: ir.Value, axis: int, node: ir.Node, code: str, detail: str
+    ) -> None:
         """Keeps one axis of a tensor whole; the other axes of a joint block stay free."""
         blocks = []
         for block in self.blocks(value):

@@ -87,7 +87,9 @@ def factor(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        sources, targets, left, right = [], [], 1, 1
+        sources: list[int] = []
+        targets: list[int] = []
+        left = right = 1
         while True:
             if left == right and (sources or targets):
                 break

@@ -195,7 +195,7 @@ def build(flow: Flow, macs: tuple[MacTerm, ...]) -> Coupling:
     unit_of = number[component]
     unit_of[FIXED] = 0
 
-    coupling = Coupling(
+    return Coupling(
         shapes=flow.shapes,
         constants=flow.constants,
         groups=_groups(flow, slices, number, unit_of),
@@ -207,7 +207,6 @@ def build(flow: Flow, macs: tuple[MacTerm, ...]) -> Coupling:
         _blocks=flow.blocks_of,
         _unit_of=unit_of,
     )
-    return coupling
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +236,7 @@ def _slices(
     return _Slices(axes, key // len(axes), key % len(axes), times, touched)
 
 
-def _groups(
-    flow: Flow, slices: _Slices, number: Units, unit_of: Units
-) -> tuple[UnitGroup, ...]:
+def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple[UnitGroup, ...]:
     usable = number[slices.component] > 0
     component, axis, times = slices.component[usable], slices.axis[usable], slices.times[usable]
     if not component.size:
@@ -256,7 +253,9 @@ def _groups(
     for indices in members.values():
         start, end = starts[indices[0]], ends[indices[0]]
         units = number[component[starts[indices]]]
-        taken = {slices.axes[a]: int(t) for a, t in zip(axis[start:end], times[start:end], strict=True)}
+        taken = {
+            slices.axes[a]: int(t) for a, t in zip(axis[start:end], times[start:end], strict=True)
+        }
         first_name, first_axis = next(iter(taken))
         groups.append(
             UnitGroup(
@@ -278,9 +277,7 @@ def _unique_ids(groups: list[UnitGroup]) -> tuple[UnitGroup, ...]:
         seen[group.id] = seen.get(group.id, 0) + 1
         suffix = f"#{seen[group.id]}" if seen[group.id] > 1 else ""
         result.append(
-            UnitGroup(
-                group.id + suffix, group.kind, group.units, group.axes, group.normalised_by
-            )
+            UnitGroup(group.id + suffix, group.kind, group.units, group.axes, group.normalised_by)
         )
     return tuple(result)
 
@@ -312,9 +309,7 @@ def _frozen(
     flow: Flow, slices: _Slices, frozen_by: npt.NDArray[np.int64]
 ) -> tuple[FrozenReason, ...]:
     """Counts weight positions by the reason that keeps them."""
-    weights = np.array(
-        [len(flow.constants[name].shape) >= 2 for name, _ in slices.axes], np.bool_
-    )
+    weights = np.array([len(flow.constants[name].shape) >= 2 for name, _ in slices.axes], np.bool_)
     if not weights.size:
         return ()
     reasons = frozen_by[slices.component]

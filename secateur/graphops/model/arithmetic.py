@@ -74,8 +74,10 @@ def _divide(a: Array, b: Array) -> Array:
 
 
 def _modulo(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    function = np.fmod if _int(node, "fmod", 0) else np.mod
-    return [function(inputs[0], inputs[1])]
+    first, second = inputs
+    assert first is not None
+    assert second is not None
+    return [np.fmod(first, second) if _int(node, "fmod", 0) else np.mod(first, second)]
 
 
 def _cast(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
@@ -131,6 +133,12 @@ def _reshape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     if not _int(node, "allowzero", 0):
         shape = [data.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
     return [data.reshape(shape)]
+
+
+def _flatten(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, axis = inputs[0], _int(node, "axis", 1)
+    assert data is not None
+    return [data.reshape(int(np.prod(data.shape[:axis], dtype=np.int64)), -1)]
 
 
 def _reduce(function: Callable[..., Array]) -> Callable[..., list[Array]]:
@@ -209,9 +217,7 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
     "Reshape": _reshape,
-    "Flatten": lambda node, inputs, opset: [inputs[0].reshape(1, -1)]  # type: ignore[union-attr]
-    if _int(node, "axis", 1) == 0
-    else [inputs[0].reshape(inputs[0].shape[0], -1)],  # type: ignore[union-attr]
+    "Flatten": _flatten,
     "Transpose": _transpose,
     "Expand": _expand,
     "Tile": _elementwise(lambda data, repeats: np.tile(data, [int(n) for n in repeats])),

@@ -84,7 +84,8 @@ def _as_proto(source: ModelSource) -> onnx.ModelProto:
     if type(source).__module__.partition(".")[0] == "onnx_graphsurgeon":
         import onnx_graphsurgeon as gs
 
-        return gs.export_onnx(source)
+        exported: onnx.ModelProto = gs.export_onnx(source)
+        return exported
     raise TypeError(
         f"a model is a path, bytes, onnx.ModelProto, onnx_ir.Model or gs.Graph, "
         f"not {type(source).__name__}"
@@ -158,9 +159,7 @@ def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
                 yield from _tensors(graph)
 
 
-def _check_external_data(
-    proto: onnx.ModelProto, folder: pathlib.Path | None, allowed: bool
-) -> int:
+def _check_external_data(proto: onnx.ModelProto, folder: pathlib.Path | None, allowed: bool) -> int:
     """Checks every external reference before anything opens it; returns their bytes."""
     total = 0
     tensors = list(_tensors(proto.graph))
@@ -253,7 +252,7 @@ def _deserialise(proto: onnx.ModelProto) -> ir.Model:
         model = ir.from_proto(proto)
         if model.functions:
             onnx_ir.passes.common.InlinePass()(model)
-            onnx_ir.passes.common.RemoveUnusedFunctionsPass()(model)
+            onnx_ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         if not _is_sorted(model.graph):
             model.graph.sort()
     except Exception as error:  # hostile files reach every corner of a deserialiser
@@ -288,11 +287,11 @@ def _check_names(graph: ir.Graph) -> None:
                 nodes=(str(initializer.name),),
             )
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value.name not in defined:
+        for read in node.inputs:
+            if read is not None and read.name not in defined:
                 raise refuse(
                     Code.INVALID_MODEL,
-                    f"node {node_label(node)!r} reads {value.name!r}, which nothing defines",
+                    f"node {node_label(node)!r} reads {read.name!r}, which nothing defines",
                     nodes=(node_label(node),),
                 )
         for value in node.outputs:

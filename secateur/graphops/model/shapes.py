@@ -84,9 +84,7 @@ class _InvalidBinding(Exception):
     """The sizes chosen for symbolic axes contradict the model."""
 
 
-def infer_shapes(
-    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = None
-) -> Shapes:
+def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = None) -> Shapes:
     """Shapes and small values of every tensor of the main graph.
 
     Args:
@@ -139,15 +137,13 @@ def _bindings(
 
 def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int, int]:
     if axis == 0:
-        return _BATCHES  # type: ignore[return-value]
+        return _BATCHES
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
     if rank >= 4 and not integer:
         height, width = _IMAGES[min(attempt, len(_IMAGES) - 1)]
         return width if axis == rank - 1 else height
-    if rank <= 3 and not integer and axis == rank - 1:
-        choices = _AUDIO
-    else:
-        choices = _SEQUENCES
+    audio = rank <= 3 and not integer and axis == rank - 1
+    choices: tuple[tuple[int, int], ...] = _AUDIO if audio else _SEQUENCES
     return choices[min(attempt, len(choices) - 1)]
 
 
@@ -185,9 +181,7 @@ class _Skeleton:
         self._proto = onnx.ModelProto(
             ir_version=max(model.ir_version, 4), graph=proto, opset_import=self._imports
         )
-        self._input_types = {
-            str(value.name): int(value.dtype or 1) for value in real_inputs(graph)
-        }
+        self._input_types = {str(value.name): int(value.dtype or 1) for value in real_inputs(graph)}
 
     def _add_constant(self, name: str, tensor: ir.TensorProtocol | None) -> None:
         if tensor is None:
@@ -336,10 +330,20 @@ class _Skeleton:
 
 # Operators whose first output is like the first input and whose schema does not say so.
 _KEEP_SHAPE = frozenset(
-    "GroupNormalization BiasGelu FastGelu QuickGelu SkipLayerNormalization "
-    "SkipSimplifiedLayerNormalization BiasAdd RotaryEmbedding".split()
+    [
+        "GroupNormalization",
+        "BiasGelu",
+        "FastGelu",
+        "QuickGelu",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "BiasAdd",
+        "RotaryEmbedding",
+    ]
 )
-_BROADCASTING = frozenset("Add Sub Mul Div Pow Where And Or Equal Less Greater".split())
+_BROADCASTING = frozenset(
+    ["Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Equal", "Less", "Greater"]
+)
 
 _EVALUATED = (
     ir.DataType.INT64,
@@ -414,5 +418,3 @@ def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
 
 def _is_complete(shape: Shape | None) -> bool:
     return shape is not None and None not in shape
-
-

@@ -175,7 +175,7 @@ class _Search:
     def keep(self, gone: Mask) -> Mask:
         """The units that stay when the marked steps go."""
         keep = np.ones(self._count + 1, np.bool_)
-        for place in np.flatnonzero(gone):
+        for place in np.flatnonzero(gone).tolist():
             keep[self._steps[place].units] = False
         return keep
 
@@ -214,8 +214,8 @@ class _Search:
         while True:
             changed = False
             last: dict[int, int] = {}
-            for place in np.flatnonzero(gone):
-                last[self._steps[place].group] = int(place)
+            for place in np.flatnonzero(gone).tolist():
+                last[self._steps[place].group] = place
             for place in sorted(last.values(), reverse=True):
                 if fixed[place]:
                     continue

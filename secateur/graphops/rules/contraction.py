@@ -58,9 +58,15 @@ def couple_einsum(flow: Flow, node: ir.Node) -> None:
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
     ranks = [rank(flow, value) for value in node.inputs]
-    if not arrow or None in ranks or any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in terms):
+    if (
+        not arrow
+        or None in ranks
+        or any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in terms)
+    ):
         return _freeze_all(flow, node, "UNSUPPORTED_FORM", f"equation {equation!r}")
-    dots = max(r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True) if r is not None)
+    dots = max(
+        r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True) if r is not None
+    )
     operands = [
         (index, _letters(term, (ranks[index] or 0) - len(term.replace("...", "")), dots))
         for index, term in enumerate(terms)
@@ -187,9 +193,7 @@ def _grouped(
     return out
 
 
-def _grouped_transpose(
-    flow: Flow, node: ir.Node, x: Labels, inner: Labels, groups: int
-) -> Labels:
+def _grouped_transpose(flow: Flow, node: ir.Node, x: Labels, inner: Labels, groups: int) -> Labels:
     """ConvTranspose with groups: X and W axis 0 labels (g·c), W axis 1 (o)."""
     rows = x.reshape(groups, -1)
     if _prefer_rows(rows, groups, rows.shape[1], inner.size):

@@ -35,7 +35,7 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
     value, shape = node.inputs[0], flow.shape(node.inputs[0])
     blocks = flow.blocks(value)
     if not blocks or value is None:
-        return
+        return None
     if shape is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     index = _slices([None, *(flow.value(item) for item in node.inputs[1:])], node, len(shape))
@@ -77,7 +77,7 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
         kept = surgeon.kept(value, axis)
         if kept is None:
             continue
-        start, stop, _ = index[axis].indices(shape[axis])
+        start, stop, _ = index[axis].indices(shape[axis] or 0)
         starts[place], ends[place] = int(kept[:start].sum()), int(kept[:stop].sum())
         moved = True
     if moved:
@@ -177,7 +177,7 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
     data, indices = node.inputs[0], node.inputs[1]
     size, wide = rank(flow, data), rank(flow, indices)
     if data is None or not flow.blocks(data):
-        return
+        return None
     if size is None or wide is None:
         return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
     axis = integer(node, "axis", 0) % size
@@ -245,8 +245,16 @@ def couple_pad(flow: Flow, node: ir.Node) -> None:
         front, back = (None, None) if pads is None else (pads[0][axis], pads[1][axis])
         if front == 0 and back == 0:
             continue
-        if front is None or back is None or front < 0 or back < 0 or text(node, "mode", "constant") != "constant":
-            flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "is padded in a way that moves channels")
+        if (
+            front is None
+            or back is None
+            or front < 0
+            or back < 0
+            or text(node, "mode", "constant") != "constant"
+        ):
+            flow.freeze_axis(
+                value, axis, node, "UNSUPPORTED_FORM", "is padded in a way that moves channels"
+            )
             continue
         along = flow.axis(value, axis)
         assert along is not None
@@ -312,4 +320,3 @@ register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,))
 register("Concat", "indexing", couple_concat)
 register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,))
 register("Pad", "indexing", couple_pad, rewrite=rewrite_pad, reads=(0,))
-

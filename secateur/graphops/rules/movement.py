@@ -63,7 +63,7 @@ def couple_reshape(flow: Flow, node: ir.Node) -> None:
     value = node.inputs[0]
     blocks = flow.blocks(value)
     if not blocks or value is None:
-        return
+        return None
     before, after = flow.shape(value), flow.shape(node.outputs[0])
     if before is None or after is None:
         return _lose(flow, node)
@@ -101,9 +101,7 @@ def _reshape_block(
     full = [sizes[0][axis] for axis in sources]
     if len(block.axes) > 1 and int(np.prod(full, dtype=np.int64)) > MAX_BLOCK:
         block = flow.collapse(value, block, block.axes[0])
-    spread = block.labels.reshape(
-        [sizes[0][axis] if axis in block.axes else 1 for axis in sources]
-    )
+    spread = block.labels.reshape([sizes[0][axis] if axis in block.axes else 1 for axis in sources])
     moved = np.broadcast_to(spread, full).reshape([sizes[1][axis] for axis in targets])
     return lab.simplify(Block(tuple(targets), moved)) if targets else BARE
 
@@ -165,7 +163,6 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
     return _set(flow, node, tuple(blocks))
 
 
-
 register("Transpose", "movement", couple_transpose, reads=(0,))
 register("Squeeze", "movement", couple_squeeze, reads=(0,))
 register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,))
@@ -174,4 +171,3 @@ register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5
 register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape_1, until=4, reads=(0,))
 register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,))
 register("Tile", "movement", couple_tile, reads=(0,))
-

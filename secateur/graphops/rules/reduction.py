@@ -69,9 +69,7 @@ def couple_index(flow: Flow, node: ir.Node) -> None:
     flow.freeze_axis(value, axis, node, "INDEXED", "its positions are the answer")
     blocks = flow.blocks(value)
     if not integer(node, "keepdims", 1):
-        blocks = tuple(
-            type(b)(tuple(a - (a > axis) for a in b.axes), b.labels) for b in blocks
-        )
+        blocks = tuple(type(b)(tuple(a - (a > axis) for a in b.axes), b.labels) for b in blocks)
     for output in node.outputs:
         flow.set(output, blocks)
     return None

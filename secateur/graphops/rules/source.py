@@ -37,5 +37,9 @@ def rewrite_constant_of_shape(surgeon: Surgeon, node: ir.Node) -> None:
 register("Constant", "source", couple_constant)
 register("Shape Size Range RandomNormal RandomUniform EyeLike", "source", couple_nothing)
 register(
-    "ConstantOfShape", "source", couple_constant_of_shape, rewrite=rewrite_constant_of_shape, reads=()
+    "ConstantOfShape",
+    "source",
+    couple_constant_of_shape,
+    rewrite=rewrite_constant_of_shape,
+    reads=(),
 )

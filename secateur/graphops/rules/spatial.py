@@ -11,16 +11,14 @@ from secateur.graphops.rules.attributes import integer, integers_at, operand, ra
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
-POOLS = (
-    "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
-)
+POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
 
 
 def couple_pool(flow: Flow, node: ir.Node) -> None:
     """Axis 1 passes; axes in space, and the batch, must stay whole."""
     value, size = node.inputs[0], rank(flow, node.inputs[0])
     if value is None or not flow.blocks(value):
-        return
+        return None
     if size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     for axis in (0, *range(2, size)):
@@ -38,7 +36,7 @@ def couple_resize(flow: Flow, node: ir.Node) -> None:
     value = node.inputs[0]
     before, after = flow.shape(value), flow.shape(node.outputs[0])
     if value is None or not flow.blocks(value):
-        return
+        return None
     if before is None or after is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     for axis, (old, new) in enumerate(zip(before, after, strict=True)):

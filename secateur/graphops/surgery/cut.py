@@ -12,7 +12,6 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
 
-
 Kept = dict[str, dict[int, tuple[int, ...]]]  # constant → axis → kept indices
 
 
@@ -111,17 +110,27 @@ def _merge_copies(graph: ir.Graph, kept: Kept, copies: Mapping[str, str]) -> Non
 
 
 def _unread(graph: ir.Graph) -> set[str]:
-    """First outputs of nodes that nothing reads."""
-    return {
+    """Initializers, and first outputs of nodes, that nothing reads."""
+    nodes = {
         str(node.outputs[0].name)
         for node in graph
         if not any(output.uses() or output.is_graph_output() for output in node.outputs)
     }
+    return nodes | {str(name) for name, value in graph.initializers.items() if not value.uses()}
 
 
 def _drop_unread(graph: ir.Graph, before: set[str]) -> None:
-    """Removes shape arithmetic whose readers now read constants; what was dead before stays."""
+    """Removes shape arithmetic whose readers now read constants; what was dead before stays.
+
+    Args:
+        graph: of the result.
+        before: names of what nothing read in the original.
+    """
     for node in reversed(list(graph)):
         unread = not any(output.uses() or output.is_graph_output() for output in node.outputs)
         if unread and str(node.outputs[0].name) not in before:
             graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        listed = value.is_graph_output() or value.is_graph_input()
+        if not value.uses() and not listed and name not in before:
+            del graph.initializers[name]

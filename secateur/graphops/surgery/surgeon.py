@@ -110,9 +110,7 @@ class Surgeon:
         """Removes an attribute if it is there."""
         node.attributes.pop(name, None)
 
-    def set_integers_at(
-        self, node: ir.Node, index: int, name: str, values: Sequence[int]
-    ) -> None:
+    def set_integers_at(self, node: ir.Node, index: int, name: str, values: Sequence[int]) -> None:
         """Sets integers where the node has them: as input `index` or as attribute `name`."""
         if name in node.attributes:
             self.set_integers(node, name, values)
@@ -198,9 +196,7 @@ class Surgeon:
             return
         for place, size in written.items():
             entries[place] = size
-        if fixed.all():
-            self.set_input(node, index, entries)
-        elif copies and self._as_constant(node, places, entries, fixed):
+        if fixed.all() or (copies and self._as_constant(node, places, entries, fixed)):
             self.set_input(node, index, entries)
         else:
             self._patch(node, index, written, scaled, len(entries))
@@ -213,7 +209,7 @@ class Surgeon:
         before, after = self.shape(source), self.shape(node.outputs[0])
         shapes = self._coupling.shapes
         wild = [place for place, entry in enumerate(entries) if entry == -1]
-        for place in np.flatnonzero(~fixed):
+        for place in np.flatnonzero(~fixed).tolist():
             axis = places[place]
             same = axis < len(before) and before[axis] == after[axis]
             second = shapes.second.get(str(source.name)) if source is not None else None
@@ -222,7 +218,7 @@ class Surgeon:
                 entries[place] = 0
             else:
                 entries[place] = -1
-                wild.append(int(place))
+                wild.append(place)
         return len(wild) <= 1
 
     def _patch(
@@ -243,15 +239,23 @@ class Surgeon:
             new[place], old[place] = numerator, denominator
         value = computed
         if scaled:
-            value = self._insert(node, "Mul", [value, self._constant(f"{name}_new", new)], f"{name}_mul")
-            value = self._insert(node, "Div", [value, self._constant(f"{name}_old", old)], f"{name}_div")
+            value = self._insert(
+                node, "Mul", [value, self._constant(f"{name}_new", new)], f"{name}_mul"
+            )
+            value = self._insert(
+                node, "Div", [value, self._constant(f"{name}_old", old)], f"{name}_div"
+            )
         if written:
             mask = np.isin(np.arange(count), list(written))
             constant = np.array([written.get(place, 0) for place in range(count)], np.int64)
             value = self._insert(
                 node,
                 "Where",
-                [self._constant(f"{name}_fixed", mask), self._constant(f"{name}_sizes", constant), value],
+                [
+                    self._constant(f"{name}_fixed", mask),
+                    self._constant(f"{name}_sizes", constant),
+                    value,
+                ],
                 f"{name}_where",
             )
         node.replace_input_with(index, value)

@@ -12,7 +12,12 @@ from secateur.graphops.model.shapes import Shapes, real_inputs
 
 
 def example_feeds(
-    graph: ir.Graph, shapes: Shapes, *, batch: int | None = None, second: bool = False, seed: int = 0
+    graph: ir.Graph,
+    shapes: Shapes,
+    *,
+    batch: int | None = None,
+    second: bool = False,
+    seed: int = 0,
 ) -> Feeds:
     """Random inputs that a model accepts.
 

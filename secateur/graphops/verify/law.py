@@ -88,7 +88,8 @@ def _reference(
         if mask is None or place in seen or value is None:
             continue
         seen.add(place)
-        rank = len(coupling.shapes.of(str(contraction.node.inputs[contraction.index].name)) or ())
+        original = contraction.node.inputs[contraction.index]
+        rank = len(coupling.shapes.of(str(original.name if original else "")) or ())
         if contraction.exact:
             builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
@@ -127,7 +128,10 @@ class _Builder:
     def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
         tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
         value = ir.Value(
-            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name,
+            shape=tensor.shape,
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self._graph.register_initializer(value)
         return value

@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnxruntime as ort
 
 
-def open_session(model: bytes | str, *, threads: int = 0, lean: bool = False) -> ort.InferenceSession:
+def open_session(
+    model: bytes | str, *, threads: int = 0, lean: bool = False
+) -> ort.InferenceSession:
     """A CPU session.
 
     Args:

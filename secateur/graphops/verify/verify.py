@@ -37,9 +37,7 @@ class Samples:
     from_calibration: bool
 
 
-def run_original(
-    model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool
-) -> Samples:
+def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool) -> Samples:
     """Runs the original, the ground that the result is compared with.
 
     Raises:
@@ -132,7 +130,9 @@ class _Meter:
         if a.shape != b.shape:
             raise _failed(f"output {self.name!r} has another shape", a.shape, b.shape)
         if not np.isfinite(b[np.isfinite(a)]).all():
-            raise _failed(f"output {self.name!r} is not finite", "finite numbers", "NaN or infinity")
+            raise _failed(
+                f"output {self.name!r} is not finite", "finite numbers", "NaN or infinity"
+            )
         a, b = np.where(np.isfinite(a), a, 0.0), np.where(np.isfinite(b), b, 0.0)
         self.used = True
         self._error += float(((a - b) ** 2).sum())
@@ -148,13 +148,17 @@ class _Meter:
         scale = np.sqrt(self._reference * self._result)
         return Drift(
             output=self.name,
-            relative_error=float(np.sqrt(self._error / self._reference)) if self._reference else 0.0,
+            relative_error=float(np.sqrt(self._error / self._reference))
+            if self._reference
+            else 0.0,
             cosine=self._dot / scale if scale else 1.0,
             top1_agreement=self._agree / self._rows if self._rows else None,
         )
 
 
-def drift_between(names: Iterable[str], wanted: Sequence[Outputs], found: Sequence[Outputs]) -> tuple[Drift, ...]:
+def drift_between(
+    names: Iterable[str], wanted: Sequence[Outputs], found: Sequence[Outputs]
+) -> tuple[Drift, ...]:
     """Drift of each floating-point output between two models' answers to the same inputs."""
     meters = [_Meter(name) for name in names]
     for references, results in zip(wanted, found, strict=True):
