@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import secateur
 from secateur._show import MEASURES
-from secateur.report import Report
+from secateur.report import Report, Stage
 
 _STYLE = """
 :root { color-scheme: light dark; --bar: #5b8c5a; --line: #8884; }
@@ -41,7 +41,8 @@ def page(report: Report, title: str) -> str:
         "<h2>Time</h2>",
         _table(
             ("Stage", "Seconds"),
-            ((html.escape(stage.lower()), f"{s:.2f}") for stage, s in report.seconds.items()),
+            # a report from a server has lost their order: protobuf's maps have none
+            ((s.lower(), f"{report.seconds[s]:.2f}") for s in Stage if s in report.seconds),
             numbers=(1,),
         ),
         f"<footer>secateur {html.escape(secateur.__version__)}</footer></body></html>\n",
