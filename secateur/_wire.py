@@ -33,9 +33,11 @@ DOMAIN = "secateur.dev"  # of google.rpc.ErrorInfo
 STATUS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"
 
-# Metadata is limited to 8 KiB by default in every gRPC implementation, base64 takes a third, and
-# the status text and the ErrorInfo lie beside the refusal.
-REFUSAL_LIMIT = 4 << 10
+# Metadata is limited to 8 KiB by default in every gRPC implementation. base64 takes a third, and
+# the status text (percent-encoded, up to three times its bytes) and the ErrorInfo lie beside it.
+REFUSAL_LIMIT = 3584  # bytes
+TEXT_LIMIT = 384  # bytes of the status text and of each text in a refusal that is cut
+INFO_LIMIT = 96  # bytes of each text in an ErrorInfo
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE),
@@ -146,10 +148,9 @@ def _quote_non_finite(value: Any) -> Any:
 def refusal_to_status(refusal: Refusal, request_id: str) -> status_pb2.Status:
     """The gRPC status of a refusal, with the refusal and a google.rpc.ErrorInfo as details."""
     detail = _within_metadata(refusal)
-    info = {"expected": detail.expected[:200], "found": detail.found[:200]}
-    status = failure_to_status(
-        STATUS_OF_CODE[refusal.code], detail.message[:400], refusal.code, request_id, info
-    )
+    info = {name: _cut(getattr(detail, name), INFO_LIMIT) for name in ("expected", "found")}
+    text = _cut(detail.message, TEXT_LIMIT)
+    status = failure_to_status(STATUS_OF_CODE[refusal.code], text, refusal.code, request_id, info)
     packed = any_pb2.Any()
     packed.Pack(to_wire(detail, refusal_pb2.Refusal()))
     status.details.append(packed)
@@ -207,9 +208,8 @@ def _within_metadata(refusal: Refusal) -> Refusal:
     """`refusal`, shortened where it would not fit in metadata: texts first, then the node list."""
     if len(refusal.model_dump_json().encode()) <= REFUSAL_LIMIT:
         return refusal
-    texts = {field: getattr(refusal, field) for field in ("message", "expected", "found", "hint")}
-    share = REFUSAL_LIMIT // 8
-    cut = {field: t if len(t) <= share else t[: share - 1] + "…" for field, t in texts.items()}
+    fields = ("message", "expected", "found", "hint")
+    cut = {field: _cut(getattr(refusal, field), TEXT_LIMIT) for field in fields}
     kept = list(refusal.nodes)
     while True:
         left_out = len(refusal.nodes) - len(kept)
@@ -218,6 +218,14 @@ def _within_metadata(refusal: Refusal) -> Refusal:
         if not kept or len(shorter.model_dump_json().encode()) <= REFUSAL_LIMIT:
             return shorter
         kept = kept[: len(kept) * 3 // 4]
+
+
+def _cut(text: str, size: int) -> str:
+    """`text`, or its start when it takes more than `size` bytes."""
+    encoded = text.encode()
+    if len(encoded) <= size:
+        return text
+    return encoded[: size - 3].decode(errors="ignore") + "…"
 
 
 # ---- blobs -------------------------------------------------------------------------------------

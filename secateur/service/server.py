@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import pathlib
 import signal
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import IO
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -120,9 +122,17 @@ def _home(config: ServerConfig) -> Iterator[pathlib.Path]:
             else:
                 folder = config.folder
                 folder.mkdir(parents=True, exist_ok=True)
+                _lock(stack.enter_context((folder / "lock").open("wb")))
+        except BlockingIOError:
+            raise ServerError(f"another server uses the folder {config.folder}") from None
         except OSError as error:
             raise ServerError(f"the server's folder cannot be used: {error}") from error
         yield folder
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Holds the folder for as long as this process lives: a new server clears away old jobs."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager

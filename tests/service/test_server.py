@@ -107,6 +107,34 @@ def test_requests_that_lack_or_misname_things_are_refused(server: Server) -> Non
             assert caught.value.code() is code, fields
 
 
+def test_large_refusals_reach_programs_with_default_limits(server: Server) -> None:
+    request = pruning_pb2.InspectRequest(model=pruning_pb2.Payload(inline=b"x"))
+    request.recipe.target["名" * 50_000] = 0.5
+    with (
+        grpc.insecure_channel(server.address) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        pruning_pb2_grpc.PruningStub(channel).Inspect(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "unknown target" in caught.value.details()
+
+
+def test_one_folder_serves_one_server(
+    own_server: Callable[..., Server], tmp_path: pathlib.Path
+) -> None:
+    own_server("--folder", str(tmp_path / "home"))
+    flags = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "home")]
+    done = subprocess.run(
+        [sys.executable, "-m", "secateur", "serve", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 5
+    assert "another server" in done.stderr
+
+
 def test_it_never_loads_the_engine(server: Server, client: secateur.Client) -> None:
     client.health()
     maps = pathlib.Path(f"/proc/{server.process.pid}/maps").read_text()
