@@ -149,11 +149,16 @@ def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
         for labels, _ in flow.frozen:
             frozen[component[labels]] = True
         changed = False
+        touched = np.zeros(count, np.bool_)
         for labels in flow.rectangles:
             parts = component[labels]
             varying = [p for p in range(parts.ndim) if not _constant_along(parts, p)]
             if len(varying) < 2:
                 continue
+            changed = True
+            if touched[parts].any():
+                continue  # a neighbour has just decided for it; the next pass sees how
+            touched[parts] = True
             # One axis must be chosen: the one with the most slices free of frozen members.
             free = [_free_slices(frozen[parts], place) for place in varying]
             place = varying[int(np.argmax(free))]
@@ -164,7 +169,6 @@ def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
             fixed = (rows == FIXED).any(axis=1)
             if fixed.any():
                 flow.freeze(rows[fixed], None, "BARE_AXIS", "part of it cannot be cut")
-            changed = True
         if not changed:
             return count, component
 
