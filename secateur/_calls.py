@@ -30,6 +30,10 @@ from secateur.v1 import bytestream_pb2, pruning_pb2
 _T = TypeVar("_T")
 
 UPLOAD_ATTEMPTS = 4  # each goes on where the one before broke off
+_RESUMABLE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.ABORTED,  # more of the broken attempt was stored after we asked how much
+)
 FIRST_PAUSE = 0.2  # seconds before the second attempt; doubles
 
 
@@ -64,6 +68,29 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     raise AssertionError("a sync transport must not suspend")
 
 
+class _Budget:
+    """What is left of one call: time, and room in its message for payloads.
+
+    Args:
+        timeout: of the whole call, in seconds; None: no limit.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._room = _wire.INLINE_TOTAL
+
+    def left(self) -> float | None:
+        """Seconds; None: no limit."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def takes(self, size: int) -> bool:
+        """Whether a payload of `size` bytes goes inline; its room is then taken."""
+        if size > min(_wire.INLINE_LIMIT, self._room):
+            return False
+        self._room -= size
+        return True
+
+
 class Calls:
     """The calls, over one transport.
 
@@ -87,60 +114,60 @@ class Calls:
     ) -> Result:
         """See `Client.prune`."""
         with self._errors():
-            left = self._deadline(timeout)
-            request = pruning_pb2.PruneRequest(model=await self._send_model(model, left))
+            budget = self._budget(timeout)
+            request = pruning_pb2.PruneRequest(model=await self._send_model(model, budget))
             if recipe is not None:
                 request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
             if calibration is not None:
                 request.calibration.SetInParent()  # an empty folder is not the same as none
                 parts = await self._transport.blocking(calibration_sources, calibration)
                 for name, source in parts:
-                    content = await self._send(source, left)
+                    content = await self._send(source, budget)
                     request.calibration.parts.add(name=name, content=content)
             if plan is not None:
                 text = Source(plan.to_json().encode())
-                request.plan.CopyFrom(await self._send(text, left))
-            result = await self._events(request, progress, left)
+                request.plan.CopyFrom(await self._send(text, budget))
+            result = await self._events(request, progress, budget)
             return Result(
-                model=await self._receive(result.model, left),
-                plan=Plan.from_json(await self._receive(result.plan, left)),
+                model=await self._receive(result.model, budget),
+                plan=Plan.from_json(await self._receive(result.plan, budget)),
                 report=_wire.from_wire(result.report, Report),
             )
 
     async def inspect(self, model: Any, recipe: Recipe | None, timeout: float | None) -> Inspection:
         """See `Client.inspect`."""
         with self._errors():
-            left = self._deadline(timeout)
-            request = pruning_pb2.InspectRequest(model=await self._send_model(model, left))
+            budget = self._budget(timeout)
+            request = pruning_pb2.InspectRequest(model=await self._send_model(model, budget))
             if recipe is not None:
                 request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
-            response = await self._transport.unary("Inspect", request, left())
+            response = await self._transport.unary("Inspect", request, budget.left())
             return _wire.from_wire(response.inspection, Inspection)
 
     async def profile(self, model: Any, against: Any, timeout: float | None) -> Profile:
         """See `Client.profile`."""
         with self._errors():
-            left = self._deadline(timeout)
-            request = pruning_pb2.ProfileRequest(model=await self._send_model(model, left))
+            budget = self._budget(timeout)
+            request = pruning_pb2.ProfileRequest(model=await self._send_model(model, budget))
             if against is not None:
-                request.against.CopyFrom(await self._send_model(against, left))
-            response = await self._transport.unary("Profile", request, left())
+                request.against.CopyFrom(await self._send_model(against, budget))
+            response = await self._transport.unary("Profile", request, budget.left())
             return _wire.from_wire(response.profile, Profile)
 
     async def health(self, timeout: float | None) -> bool:
         """See `Client.health`."""
         with self._errors():
-            left = self._deadline(timeout)
+            budget = self._budget(timeout)
             request = health_pb2.HealthCheckRequest()
-            response = await self._transport.unary("Check", request, left())
+            response = await self._transport.unary("Check", request, budget.left())
             return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def _events(
-        self, request: Any, progress: ProgressCallback | None, left: Callable[[], float | None]
+        self, request: Any, progress: ProgressCallback | None, budget: _Budget
     ) -> Any:
         """The result in the stream of events; progress goes to the callback on the way."""
         result = None
-        events = self._transport.stream("Prune", request, left())
+        events = self._transport.stream("Prune", request, budget.left())
         async with contextlib.aclosing(events):  # type: ignore[type-var]
             async for event in events:
                 if event.HasField("result"):
@@ -156,46 +183,43 @@ class Calls:
 
     # ---- payloads ----
 
-    async def _send_model(self, model: Any, left: Callable[[], float | None]) -> Any:
-        return await self._send(await self._transport.blocking(model_source, model), left)
+    async def _send_model(self, model: Any, budget: _Budget) -> Any:
+        return await self._send(await self._transport.blocking(model_source, model), budget)
 
-    async def _send(self, source: Source, left: Callable[[], float | None]) -> Any:
-        if source.size <= _wire.INLINE_LIMIT:
+    async def _send(self, source: Source, budget: _Budget) -> Any:
+        if budget.takes(source.size):
             return pruning_pb2.Payload(inline=await self._transport.blocking(source.read))
         digest = await self._transport.blocking(source.sha256)
-        await self._upload(source, digest, left)
+        await self._upload(source, digest, budget)
         blob = pruning_pb2.Blob(sha256=digest, size_bytes=source.size)
         return pruning_pb2.Payload(blob=blob)
 
-    async def _upload(self, source: Source, digest: str, left: Callable[[], float | None]) -> None:
+    async def _upload(self, source: Source, digest: str, budget: _Budget) -> None:
         name = _wire.upload_name(str(uuid.uuid4()), digest, source.size)
         for attempt in range(UPLOAD_ATTEMPTS):
             try:
-                offset = await self._committed(name, left)
+                offset = await self._committed(name, budget)
                 if offset is None:
                     return
-                await self._transport.write(_write_requests(source, name, offset), left())
+                await self._transport.write(_write_requests(source, name, offset), budget.left())
                 return
             except grpc.RpcError as error:
-                if (
-                    error.code() is not grpc.StatusCode.UNAVAILABLE
-                    or attempt == UPLOAD_ATTEMPTS - 1
-                ):
+                if error.code() not in _RESUMABLE or attempt == UPLOAD_ATTEMPTS - 1:
                     raise
                 await self._transport.sleep(FIRST_PAUSE * 2**attempt)
 
-    async def _committed(self, name: str, left: Callable[[], float | None]) -> int | None:
+    async def _committed(self, name: str, budget: _Budget) -> int | None:
         """Bytes of an upload that the server has; None when it has the whole blob."""
         request = bytestream_pb2.QueryWriteStatusRequest(resource_name=name)
         try:
-            status = await self._transport.unary("QueryWriteStatus", request, left())
+            status = await self._transport.unary("QueryWriteStatus", request, budget.left())
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return 0
             raise
         return None if status.complete else int(status.committed_size)
 
-    async def _receive(self, payload: Any, left: Callable[[], float | None]) -> bytes:
+    async def _receive(self, payload: Any, budget: _Budget) -> bytes:
         if payload.WhichOneof("content") == "inline":
             return bytes(payload.inline)
         blob = payload.blob
@@ -203,7 +227,7 @@ class Calls:
             resource_name=_wire.blob_name(blob.sha256, blob.size_bytes)
         )
         parts, digest = [], hashlib.sha256()
-        chunks = self._transport.stream("Read", request, left())
+        chunks = self._transport.stream("Read", request, budget.left())
         async with contextlib.aclosing(chunks):  # type: ignore[type-var]
             async for chunk in chunks:
                 parts.append(chunk.data)
@@ -214,13 +238,8 @@ class Calls:
 
     # ---- time and errors ----
 
-    def _deadline(self, timeout: float | None) -> Callable[[], float | None]:
-        """A function that tells how many seconds are left of the whole call."""
-        limit = self._timeout if timeout is None else timeout
-        if limit is None:
-            return lambda: None
-        end = time.monotonic() + limit
-        return lambda: max(end - time.monotonic(), 0.0)
+    def _budget(self, timeout: float | None) -> _Budget:
+        return _Budget(self._timeout if timeout is None else timeout)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -81,13 +81,21 @@ def calibration_sources(calibration: Any) -> list[tuple[str, Source]]:
     """(file name, content) of each part: an `.npz`, those of a folder, or a mapping of arrays.
 
     Raises:
-        Refused: `INVALID_CALIBRATION` when a path cannot be read or an array holds objects.
+        Refused: `INVALID_CALIBRATION` when a path cannot be read, a folder holds none, or an array
+            holds objects.
     """
     if isinstance(calibration, Mapping):
         return [("calibration.npz", Source(_npz(calibration)))]
     path = pathlib.Path(calibration)
     if path.is_dir():
-        parts = sorted(part for part in path.iterdir() if part.suffix == ".npz")
+        parts = sorted(path.glob("*.npz"))
+        if not parts:  # in the engine's words, as below
+            raise refuse(
+                Code.INVALID_CALIBRATION,
+                f"calibration folder {path} holds no .npz files",
+                expected="at least one .npz file",
+                found="none",
+            )
     else:
         parts = [path]
     return [(part.name, _calibration_file(part)) for part in parts]

@@ -28,7 +28,8 @@ from secateur.v1 import recipe_pb2, refusal_pb2
 
 INLINE_LIMIT = 2 << 20  # bytes; payloads above travel as blobs
 CHUNK = 1 << 20  # bytes of one ByteStream message: measured, larger is not faster
-MAX_MESSAGE = 16 << 20  # bytes; room for two models inline and a long report
+INLINE_TOTAL = 8 << 20  # bytes; of all payloads in one request
+MAX_MESSAGE = 16 << 20  # bytes; room for the payloads and for a long report
 DOMAIN = "secateur.dev"  # of google.rpc.ErrorInfo
 STATUS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"

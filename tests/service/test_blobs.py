@@ -189,7 +189,7 @@ def test_a_blob_that_is_too_large_is_refused_at_its_name(
 
     calls: Calls = client._calls
     with pytest.raises(secateur.Refused) as caught, calls._errors():
-        run(calls._send(Huge(), lambda: 10.0))
+        run(calls._send(Huge(), calls._budget(10)))
     assert caught.value.refusal.code is secateur.Code.LIMIT_EXCEEDED
 
 
@@ -215,9 +215,31 @@ def test_client_resumes_an_upload_by_itself(
 
     monkeypatch.setattr(transport, "write", breaking)
     monkeypatch.setattr("secateur._calls.FIRST_PAUSE", 0.01)
-    payload = run(client._calls._send(Source(content), lambda: 30.0))
+    payload = run(client._calls._send(Source(content), client._calls._budget(30)))
     assert offsets == [0, 1 << 20, 2 << 20, 3 << 20]
-    assert run(client._calls._receive(payload, lambda: 30.0)) == content
+    assert run(client._calls._receive(payload, client._calls._budget(30))) == content
+
+
+def test_many_small_files_do_not_outgrow_a_message(
+    client: secateur.Client, cnn: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
+) -> None:
+    for number in range(10):
+        content = random.Random(number).randbytes(3 << 19)
+        (tmp_path / f"{number}.npz").write_bytes(content)
+    sent: list[Any] = []
+    stream = client._calls._transport.stream
+
+    def watched(method: str, request: Any, timeout: float | None) -> Any:
+        sent.append(request)
+        return stream(method, request, timeout)
+
+    monkeypatch.setattr(client._calls._transport, "stream", watched)
+    with pytest.raises(secateur.Refused) as caught:
+        client.prune(cnn, calibration=tmp_path)
+    assert caught.value.refusal.code is secateur.Code.INVALID_CALIBRATION
+    kinds = [part.content.WhichOneof("content") for part in sent[0].calibration.parts]
+    assert set(kinds) == {"inline", "blob"}
+    assert sent[0].ByteSize() < _wire.MAX_MESSAGE
 
 
 # ---- the store itself --------------------------------------------------------------------------

@@ -195,9 +195,12 @@ def test_missing_files_are_the_same_in_all_faces(
     server: Server, client: secateur.Client, tmp_path: pathlib.Path
 ) -> None:
     model, missing = DIGITS / "digits_cnn.onnx", tmp_path / "missing"
+    empty = tmp_path / "empty"
+    empty.mkdir()
     for call in (
         lambda who: who.inspect(missing),
         lambda who: who.prune(model, calibration=missing),
+        lambda who: who.prune(model, calibration=empty),
         lambda who: who.profile(model, against=missing),
     ):
         expected = refused(lambda c=call: c(secateur))  # type: ignore[misc]
