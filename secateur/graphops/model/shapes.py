@@ -332,6 +332,8 @@ class _Skeleton:
 _KEEP_SHAPE = frozenset(
     [
         "GroupNormalization",
+        "MeanVarianceNormalization",
+        "SimplifiedLayerNormalization",
         "BiasGelu",
         "FastGelu",
         "QuickGelu",
