@@ -15,7 +15,7 @@ from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot CastLike Ceil Celu Cos Cosh Dropout Elu "
+    "Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Dropout Elu "
     "Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
     "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
     "Tanh ThresholdedRelu Clip"
@@ -99,5 +99,6 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
 
 register(UNARY, "unary", couple_unary, reads=(0,))
 register("Cast", "unary", couple_unary, rewrite=rewrite_cast, reads=(0,))
+register("CastLike", "unary", couple_unary)  # the second input says only a type
 register(BROADCASTING, "broadcast", couple_broadcast)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
