@@ -49,8 +49,8 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         cut = tuple(index[axis] for axis in block.axes)
         labels = block.labels[cut]
         if any(part.step not in (None, 1) and part != slice(None) for part in cut):
-            # Survivors of a strided range need not be evenly spaced.
-            flow.freeze(labels, node, "UNSUPPORTED_FORM", "a strided range of channels")
+            # Survivors need not be evenly spaced, and what lies between them keeps the stride.
+            flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "a strided range of channels")
         if labels.size != block.labels.size:
             flow.keep_one(labels)
         result.append(Block(block.axes, labels))
