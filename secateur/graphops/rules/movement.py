@@ -111,15 +111,6 @@ def rewrite_reshape(surgeon: Surgeon, node: ir.Node) -> None:
     surgeon.resize_shape_input(node, 1, copies=integer(node, "allowzero", 0) == 0)
 
 
-def rewrite_reshape_1(surgeon: Surgeon, node: ir.Node) -> None:
-    """Opset 1 to 4: the shape is an attribute."""
-    shape = integers(node, "shape") or []
-    for axis, size in surgeon.changed_sizes(node.outputs[0]).items():
-        if shape[axis] > 0:
-            shape[axis] = size
-    surgeon.set_integers(node, "shape", shape)
-
-
 # -- Expand, Tile ------------------------------------------------------------------------------
 
 
@@ -168,6 +159,5 @@ register("Squeeze", "movement", couple_squeeze, reads=(0,))
 register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,))
 register("Flatten", "movement", couple_reshape, reads=(0,))
 register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5, reads=(0,))
-register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape_1, until=4, reads=(0,))
 register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,))
 register("Tile", "movement", couple_tile, reads=(0,))
