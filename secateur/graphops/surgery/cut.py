@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.shapes import constant_tensor
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
 
@@ -55,10 +56,11 @@ def _slice_constants(graph: ir.Graph, surgeon: Surgeon) -> Kept:
             value.const_value = tensor
         kept[str(name)] = axes
     for node in graph:
-        if node.op_type == "Constant" and node.domain == "" and "value" in node.attributes:
+        if node.op_type == "Constant" and node.domain == "":
             output = node.outputs[0]
-            tensor, axes = _sliced(surgeon, output, node.attributes["value"].as_tensor())
+            tensor, axes = _sliced(surgeon, output, constant_tensor(node))
             if tensor is not None:
+                node.attributes.clear()  # it may have been value_floats
                 node.attributes["value"] = ir.AttrTensor("value", tensor)
                 kept[str(output.name)] = axes
     return kept
