@@ -29,6 +29,8 @@ from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import open_session
 from secateur.result import Result
 
+_WHERE_SINCE = 9  # the first opset with Where
+
 
 @dataclass(frozen=True, slots=True)
 class LawCheck:
@@ -77,7 +79,7 @@ def _reference(
     """The original with zeros (or, at exceptions, without the positions) where units went."""
     clone = model.clone()
     nodes = {node.outputs[0].name: node for node in clone.graph if node.outputs}
-    builder = _Builder(clone.graph)
+    builder = _Builder(clone.graph, clone.opset_imports.get("", 1))
     exceptions: list[str] = []
     seen: set[tuple[str, int, int]] = set()
     for contraction in coupling.contractions:
@@ -111,8 +113,9 @@ def _mask(
 class _Builder:
     """Inserts the few nodes a reference needs."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, opset: int) -> None:
         self._graph = graph
+        self._opset = opset
         self._count = 0
         floats = [
             v.const_value.dtype
@@ -150,13 +153,16 @@ class _Builder:
     def zero(
         self, node: ir.Node, index: int, axis: int, rank: int, mask: npt.NDArray[np.bool_]
     ) -> None:
-        """Where(mask, x, 0) before input `index`, which has `rank` axes."""
+        """Where(mask, x, 0) before input `index`, of `rank` axes (x · mask in old opsets)."""
         value = node.inputs[index]
         assert value is not None
         dtype = value.dtype or self._dtype
         lined = mask.reshape([-1, *[1] * (rank - axis - 1)])
-        zero = np.zeros((), dtype.numpy())
-        where = self._node("Where", [self._constant(lined), value, self._constant(zero)])
+        if self._opset < _WHERE_SINCE:
+            where = self._node("Mul", [value, self._constant(lined.astype(dtype.numpy()))])
+        else:
+            zero = np.zeros((), dtype.numpy())
+            where = self._node("Where", [self._constant(lined), value, self._constant(zero)])
         self._graph.insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 
