@@ -1,0 +1,107 @@
+"""The law over every registered rule: op(slice(x)) = slice(op(x)), and the whole model's.
+
+The rows are in `rows.py`; a rule without a row fails here, and so does a row without a rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx
+import pytest
+from laws import FLOAT32, Analysis, check_operator, prune
+from nets import Net
+from rows import ROWS, SUBJECT, Row
+
+import secateur
+from secateur.graphops import rules
+from secateur.graphops.verify.law import check_law
+
+RUNNABLE = [row for row in ROWS if row.freezes is None]
+FREEZING = [row for row in ROWS if row.freezes is not None]
+
+
+def model_of(row: Row) -> onnx.ModelProto:
+    net = Net(row.opset)
+    if row.domain:
+        net.domains[row.domain] = 1
+    y = row.build(net)
+    net.output(y)
+    return net.model()
+
+
+def by_id(row: Row) -> str:
+    return row.id
+
+
+def test_every_rule_has_a_row_in_its_opset_range() -> None:
+    missing = [
+        f"{rule.domain or 'ai.onnx'}::{rule.op_type} (opsets {rule.since}..{rule.until})"
+        for rule in rules.all_rules()
+        if not any(
+            row.op == rule.op_type
+            and row.domain == rule.domain
+            and rule.since <= _version(row) <= rule.until
+            for row in ROWS
+        )
+    ]
+    assert not missing, "rules without a row in tests/graphops/rows.py"
+
+
+def test_every_row_has_a_rule() -> None:
+    unknown = [row.id for row in ROWS if rules.find(row.domain, row.op, _version(row)) is None]
+    assert not unknown
+
+
+def test_rows_have_names_of_their_own() -> None:
+    assert [name for name, count in Counter(row.id for row in ROWS).items() if count > 1] == []
+
+
+def _version(row: Row) -> int:
+    return 1 if row.domain else row.opset
+
+
+@pytest.mark.parametrize("row", RUNNABLE, ids=by_id)
+def test_law(row: Row) -> None:
+    model = model_of(row)
+    source = model.SerializeToString()
+    result = prune(source, criterion="random", seed=1, target={"channels": 0.5})
+    _check(row, model, source, result)
+    for seed in range(2):  # what no criterion would choose: other units, other numbers of them
+        plan = Analysis.of(source).random_plan(seed)
+        _check(row, model, source, prune(source, plan=plan), must_cut=False)
+
+
+def _check(
+    row: Row,
+    model: onnx.ModelProto,
+    source: bytes,
+    result: secateur.Result,
+    must_cut: bool = True,
+) -> None:
+    law = check_law(source, result)
+    assert law.difference < FLOAT32
+    operator = check_operator(model, result, SUBJECT)
+    if operator is None:
+        assert not row.carries, "the operator is gone"
+        return
+    assert operator.difference < FLOAT32
+    if must_cut:
+        assert operator.cut or (not row.carries and result.plan.kept), "nothing at it was cut"
+        assert operator.carried or not row.carries, "nothing crossed it"
+        assert operator.exact == row.exact
+        assert (SUBJECT in law.exceptions) == (not row.exact)
+
+
+@pytest.mark.parametrize("row", FREEZING, ids=by_id)
+def test_what_cannot_be_carried_stays_and_says_why(row: Row) -> None:
+    source = model_of(row).SerializeToString()
+    result = prune(source, target={"channels": 0.5})
+    analysis = Analysis.of(source)
+    keep = analysis.keep(result.plan)
+    reading = analysis.node(SUBJECT).inputs[0]
+    assert reading is not None
+    assert not analysis.kept(keep, reading.name)
+    codes = {frozen.code for frozen in result.report.frozen if frozen.node == SUBJECT}
+    assert row.freezes in codes
+    assert check_law(source, result).difference < FLOAT32
