@@ -247,14 +247,17 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
         return ()
     starts = np.flatnonzero(np.r_[True, component[1:] != component[:-1]])
     ends = np.r_[starts[1:], component.size]
-    members: dict[bytes, list[int]] = {}
-    pairs = np.stack([axis, times], axis=1)
-    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        members.setdefault(pairs[start:end].tobytes(), []).append(index)
+    # Components with the same (axis, times) pairs: by the sum of one random number per pair.
+    _, pair = np.unique(axis * (int(times.max()) + 1) + times, return_inverse=True)
+    mixed = np.random.default_rng(0).integers(0, 2**63, int(pair.max()) + 1, np.uint64)
+    signature = np.add.reduceat(mixed[pair], starts)
+    _, first, group = np.unique(signature, return_index=True, return_inverse=True)
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     heads = _flags(flow.heads, unit_of, number)
     normalised = _normalised(flow, unit_of)
     groups = []
-    for indices in members.values():
+    for which in np.argsort(first):  # in the order of their first units
+        indices = members[which]
         start, end = starts[indices[0]], ends[indices[0]]
         units = number[component[starts[indices]]]
         taken = {

@@ -167,15 +167,21 @@ class _Skeleton:
                 if tensor is not None:
                     self._add_constant(str(node.outputs[0].name), tensor)
                     continue
+            if self._fold(node):
+                continue
             serialised = ir.serde.serialize_node(node)
             self._nodes.append((node, serialised))
             proto.node.append(serialised)
         for name, array in self._known.items():
             if array.dtype.kind in "iub":  # what data propagation can use
                 proto.initializer.append(onnx.numpy_helper.from_array(array, name))
+        stored = {tensor.name for tensor in proto.initializer}
         for name, type_proto in self._constants.items():
-            proto.input.append(onnx.ValueInfoProto(name=name, type=type_proto))
+            if name not in stored:  # an initializer that is an input as well counts as unknown
+                proto.input.append(onnx.ValueInfoProto(name=name, type=type_proto))
         for value in graph.outputs:
+            if value.name in self._constants:
+                continue
             proto.output.append(onnx.ValueInfoProto(name=str(value.name)))
         self._fixed_inputs = len(proto.input)
         self._proto = onnx.ModelProto(
@@ -192,6 +198,21 @@ class _Skeleton:
         integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
         if tensor.dtype in _EVALUATED and (small or (integer and tensor.size <= 1024)):
             self._known[name] = tensor.numpy()
+
+    def _fold(self, node: ir.Node) -> bool:
+        """Evaluates arithmetic on constants once, for all bindings and for data propagation."""
+        known = (value is None or value.name in self._known for value in node.inputs)
+        if not node.inputs or not all(known):
+            return False
+        outputs = self._evaluate(node, {}, self._known)
+        if outputs is None:
+            return False
+        for value, array in zip(node.outputs, outputs, strict=False):
+            name = str(value.name)
+            self._known[name] = array
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            self._constants[name] = onnx.helper.make_tensor_type_proto(dtype, array.shape)
+        return True
 
     def infer(
         self, binding: Mapping[str, tuple[int, ...]], strict: bool
@@ -360,7 +381,8 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     """The tensor that a Constant node holds, whichever attribute holds it; None for others."""
     for name, attribute in node.attributes.items():
         if name == "value":
-            return attribute.as_tensor()
+            tensor: ir.TensorProtocol = attribute.value  # as_tensor() checks a slow protocol
+            return tensor
         if name in ("value_float", "value_floats"):
             return ir.tensor(np.array(attribute.value, np.float32))
         if name in ("value_int", "value_ints"):

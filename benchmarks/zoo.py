@@ -1,0 +1,190 @@
+"""Every model of a folder at channels=0.5: verified or refused, and is the law kept?
+
+    python benchmarks/zoo.py                    # ../shared/zoo, if it is there
+    python benchmarks/zoo.py FOLDER             # any folder of .onnx files
+    python benchmarks/zoo.py --only tv_ --onnxsim
+
+One row per model: outcome, law difference (largest difference from the original with the removed
+positions zeroed at their consumers, relative), parameters and MACs removed, what Torch-Pruning
+removes of the same architecture (recorded in the zoo) and, with `--onnxsim`, what onnxsim's
+pruning removes of the same file in the same run; coupling and total time without verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib.util
+import io
+import logging
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+
+import secateur
+from secateur.graphops.verify.law import check_law
+from secateur.recipe import Recipe
+
+SHARED_ZOO = pathlib.Path(__file__).resolve().parents[2] / "shared" / "zoo"
+RECIPE = Recipe(target={"channels": 0.5})
+KEPT = 1e-3  # law difference in float32 up to which the law counts as kept
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one model."""
+
+    name: str
+    outcome: str
+    law: float | None = None
+    exceptions: int = 0
+    removed: float = 0.0
+    macs_removed: float = 0.0
+    torch_pruning: float | None = None
+    onnxsim: float | None = None
+    coupling: float = 0.0
+    total: float = 0.0
+
+    def text(self) -> str:
+        """The row as the table shows it."""
+        law = "-" if self.law is None else f"{self.law:.0e}"
+        rivals = [
+            "-" if value is None else f"{value:.3f}" for value in (self.torch_pruning, self.onnxsim)
+        ]
+        return (
+            f"{self.name:45s} {law:>6s} {self.exceptions:4d} {self.removed:6.3f} "
+            f"{self.macs_removed:6.3f} {rivals[0]:>6s} {rivals[1]:>6s} "
+            f"{self.coupling:6.2f} {self.total:6.2f}  {self.outcome}"
+        )
+
+
+def models(folder: pathlib.Path, only: list[str]) -> Iterator[tuple[str, str, onnx.ModelProto]]:
+    """(name, architecture, model) of every model of a folder, or of the zoo's loader in it."""
+
+    def wanted(name: str) -> bool:
+        return not only or any(name.startswith(prefix) for prefix in only)
+
+    if (folder / "zoo.py").exists():
+        spec = importlib.util.spec_from_file_location("zoo", folder / "zoo.py")
+        assert spec is not None
+        assert spec.loader is not None
+        zoo = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(zoo)
+        for name in zoo.names():
+            if wanted(name):
+                yield name, zoo.entry(name)["arch"], zoo.load(name)
+    for path in sorted(folder.glob("**/*.onnx")):
+        if wanted(path.stem):
+            yield path.stem, path.stem, onnx.load(path)
+
+
+def torch_pruning(folder: pathlib.Path) -> dict[str, float]:
+    """architecture → largest share of parameters that Torch-Pruning removed."""
+    path, best = folder / "tp_baseline.csv", {}
+    if path.exists():
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if row["status"] == "ok":
+                    removed = 1 - float(row["params_ratio"])
+                    best[row["name"]] = max(best.get(row["name"], 0.0), removed)
+    return best
+
+
+def onnxsim_removes(model: onnx.ModelProto, params: int) -> float | None:
+    """Share of parameters that onnxsim's two pruning passes remove; None where they fail."""
+    import onnxruntime
+    from onnxsim import pruning
+
+    from secateur.graphops.model.opening import open_model
+    from secateur.graphops.planning.cost import count_params
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            pruned = pruning.apply_structured_pruning(model, 0.5)
+            pruned = pruned[0] if isinstance(pruned, tuple) else pruned
+            pruned = pruning.apply_attention_head_pruning(pruned, 0.5)
+            pruned = pruned[0] if isinstance(pruned, tuple) else pruned
+        onnxruntime.InferenceSession(pruned.SerializeToString())
+        return 1 - count_params(open_model(pruned).model) / params
+    except Exception:
+        return None
+
+
+def run(name: str, model: onnx.ModelProto, rivals: tuple[float | None, bool]) -> Row:
+    """Prunes one model and checks the law."""
+    start = time.perf_counter()
+    try:
+        result = secateur.prune(model, RECIPE, measure_latency=False)
+    except secateur.Refused as refused:
+        return Row(name, f"{refused.refusal.code}: {refused.refusal.message[:120]}")
+    seconds = result.report.seconds
+    total = time.perf_counter() - start - seconds["VERIFY"] - seconds["LOAD"]
+    before, after = result.report.before, result.report.after
+    law = check_law(model, result)
+    recorded, with_onnxsim = rivals
+    return Row(
+        name=name,
+        outcome="verified" if law.difference < KEPT else "verified, law not kept",
+        law=law.difference,
+        exceptions=len(law.exceptions),
+        removed=1 - after.params / before.params,
+        macs_removed=1 - after.macs / before.macs if before.macs else 0.0,
+        torch_pruning=recorded,
+        onnxsim=onnxsim_removes(model, before.params) if with_onnxsim else None,
+        coupling=seconds["COUPLING"],
+        total=total,
+    )
+
+
+def main() -> None:
+    """Prints the table and its last line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path, nargs="?", default=SHARED_ZOO)
+    parser.add_argument("--only", action="append", default=[], help="name prefix; may be repeated")
+    parser.add_argument("--onnxsim", action="store_true", help="run onnxsim's pruning beside it")
+    arguments = parser.parse_args()
+    if not arguments.folder.exists():
+        sys.exit(f"{arguments.folder} does not exist: name a folder of .onnx files")
+    logging.disable(logging.WARNING)
+    baseline = torch_pruning(arguments.folder)
+    print(
+        f"{'model':45s} {'law':>6s} {'exc':>4s} {'params':>6s} {'MACs':>6s} {'TP':>6s} "
+        f"{'osim':>6s} {'coup s':>6s} {'all s':>6s}  outcome"
+    )
+    rows = []
+    for name, architecture, model in models(arguments.folder, arguments.only):
+        try:
+            row = run(name, model, (baseline.get(architecture), arguments.onnxsim))
+        except Exception as error:  # the table goes on; the row says what failed
+            row = Row(name, f"FAILED {type(error).__name__}: {str(error)[:120]}")
+        rows.append(row)
+        print(row.text(), flush=True)
+    verified = [row for row in rows if row.outcome.startswith("verified")]
+    if not verified:
+        sys.exit("no model was verified")
+    less = [
+        row.name
+        for row in verified
+        if row.removed + 0.005 < max(row.torch_pruning or 0.0, row.onnxsim or 0.0)
+    ]
+    print(
+        f"\n{len(rows)} models: {len(verified)} verified, "
+        f"{sum('law not kept' in row.outcome for row in rows)} of them without the law, "
+        f"{sum(row.law is None and 'FAILED' not in row.outcome for row in rows)} refused, "
+        f"{sum('FAILED' in row.outcome for row in rows)} failed; "
+        f"median params removed {statistics.median(row.removed for row in verified):.3f}; "
+        f"median coupling {statistics.median(row.coupling for row in verified):.3f} s, "
+        f"worst {max(row.coupling for row in verified):.2f} s; worst total "
+        f"{max(row.total for row in verified):.2f} s; a rival removes more on {len(less)}: "
+        + ", ".join(less)
+    )
+
+
+if __name__ == "__main__":
+    main()
