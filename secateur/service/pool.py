@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 
 import secateur
+from secateur.errors import ServerError
 from secateur.service.errors import CallError
 
 log = logging.getLogger("secateur.service")
@@ -34,6 +35,7 @@ class Worker:
         self._process = process
         self.pid = process.pid
         self.jobs = 0
+        self._ready = False
 
     @classmethod
     async def start(cls) -> Worker:
@@ -58,6 +60,12 @@ class Worker:
         """Whether the process is there."""
         return self._process.returncode is None
 
+    async def ready(self) -> None:
+        """Waits until the engine is imported. Raises as `run`."""
+        if not self._ready:
+            await self._read()
+            self._ready = True
+
     async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Messages of a job, the last of which has one of the keys `done`, `refused`, `failed`.
 
@@ -65,16 +73,24 @@ class Worker:
             CallError: INTERNAL when the process dies or says what it should not.
         """
         self.jobs += 1
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        await self.ready()
+        assert self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # reading will tell
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            await self._process.stdin.drain()
+        while True:
+            message = await self._read()
+            yield message
+            if "progress" not in message:
+                return
+
+    async def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         try:
-            stdin.write(json.dumps(job).encode() + b"\n")
-            await stdin.drain()
-            while line := await stdout.readline():
-                message = json.loads(line)
-                yield message
-                if "progress" not in message:
-                    return
+            line = await self._process.stdout.readline()
+            if line:
+                message: dict[str, Any] = json.loads(line)
+                return message
         except (ConnectionError, ValueError) as error:
             log.warning("worker %d: %s", self.pid, error)
         text = "the worker process died over this job"
@@ -107,8 +123,17 @@ class WorkerPool:
         self._closed = False
 
     async def start(self) -> None:
-        """Starts a first process, so that the first job need not wait for imports."""
+        """Starts a first process, so that the first job need not wait for imports.
+
+        Raises:
+            ServerError: the engine cannot be imported.
+        """
         await self._spare()
+        try:
+            await self._idle[0].ready()
+        except CallError:
+            text = "no worker process can be started; its own error is in the log"
+            raise ServerError(text) from None
 
     async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Messages of a job; see `Worker.run`. Closing the iterator kills the job at once."""
@@ -179,4 +204,4 @@ def _environment() -> dict[str, str]:
     """The environment of a worker: ours, and the way to this package wherever it was found."""
     package = str(pathlib.Path(secateur.__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([package, path] if path else [package])}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([path, package] if path else [package])}

@@ -1,9 +1,9 @@
 """A worker process: imports the engine, then does one job after another.
 
     stdin    one JSON line per job:  {"call": "prune", "folder": …, "recipe": …}
-    stdout   JSON lines:             {"progress": …} any number of times, then one of
-             {"done": {}}  results are files in the job's folder
-             {"refused": …}  {"failed": traceback}
+    stdout   JSON lines: {"ready": {}} once, when the engine is imported; then for each job
+             {"progress": …} any number of times and one of {"refused": …}, {"failed": traceback},
+             {"done": {}}, when the results are files in the job's folder
 
 Run as `python -m secateur.service.worker PARENT`, by the pool only.
 """
@@ -40,6 +40,7 @@ def main() -> None:
     jobs, send = _channels()
     import secateur.graphops as engine
 
+    send({"ready": {}})
     while True:
         job = jobs.get()
         folder = pathlib.Path(job["folder"])

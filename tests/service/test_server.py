@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import random
 import signal
@@ -178,6 +179,24 @@ def test_a_taken_port_is_an_error(server: Server) -> None:
     )
     assert done.returncode == 5
     assert "cannot listen" in done.stderr
+
+
+def test_a_server_whose_engine_does_not_load_does_not_start(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken on purpose')")
+    done = subprocess.run(
+        [sys.executable, "-m", "secateur", "serve", "--listen", "127.0.0.1:0"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}:{pathlib.Path(secateur.__file__).parents[1]}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "broken on purpose" in done.stderr
+    assert "no worker process can be started" in done.stderr
 
 
 # ---- how it ends -------------------------------------------------------------------------------
