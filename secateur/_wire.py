@@ -7,6 +7,7 @@ here, `CRITERION_L2` is `l2`.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ REFUSAL_LIMIT = 3584  # bytes
 TEXT_LIMIT = 384  # bytes of the status text and of each text in a refusal that is cut
 INFO_LIMIT = 96  # bytes of each text in an ErrorInfo
 
-CHANNEL_OPTIONS = (
+MESSAGE_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
 )
@@ -227,6 +228,27 @@ def _cut(text: str, size: int) -> str:
     if len(encoded) <= size:
         return text
     return encoded[: size - 3].decode(errors="ignore") + "…"
+
+
+# ---- channels ----------------------------------------------------------------------------------
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """Options of a client's channel to `target`."""
+    if is_loopback(target.rpartition(":")[0]):
+        # a proxy set in the environment knows no way back to this machine
+        return (*MESSAGE_OPTIONS, ("grpc.enable_http_proxy", 0))
+    return MESSAGE_OPTIONS
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine for certain."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name may resolve to anything
 
 
 # ---- blobs -------------------------------------------------------------------------------------

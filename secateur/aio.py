@@ -30,7 +30,7 @@ class Client:
 
     def __init__(self, target: str, timeout: float | None = None) -> None:
         # TLS and tokens come in here: a channel with credentials instead
-        self._channel = grpc.aio.insecure_channel(target, options=_wire.CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target, options=_wire.channel_options(target))
         self._calls = Calls(_Transport(self._channel, target), timeout)
 
     async def __aenter__(self) -> Client:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import pathlib
 from dataclasses import dataclass, field
+
+from secateur._wire import is_loopback
 
 
 def _cores() -> int:
@@ -54,18 +55,9 @@ class ServerConfig:
             if not colon or not port.isdecimal() or int(port) > 65535:
                 raise ValueError(f"listen must be HOST:PORT, not {self.listen!r}")
             # with TLS and tokens, credentials will be the other way to be allowed here
-            if not (self.insecure_public or _is_loopback(host)):
+            if not (self.insecure_public or is_loopback(host)):
                 raise ValueError(
                     f"{self.listen} can be reached from other machines, and this server asks "
                     "nobody who they are: listen on 127.0.0.1, or say --insecure-public if the "
                     "network around it is closed"
                 )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False  # a name may resolve to anything

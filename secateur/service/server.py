@@ -36,7 +36,7 @@ SERVICES = (
 )
 
 _OPTIONS = (
-    *_wire.CHANNEL_OPTIONS,
+    *_wire.MESSAGE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a helper
 )
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import Server
 
 import secateur
 import secateur.aio
@@ -29,6 +30,18 @@ def test_transports_carry_each_rpc_they_need() -> None:
         methods = client._calls._transport._methods.keys()  # type: ignore[attr-defined]
     blobs = {m.name for m in bytestream_pb2.DESCRIPTOR.services_by_name["ByteStream"].methods}
     assert methods == METHOD_OF_RPC.keys() | blobs | {"Check"}
+
+
+async def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with secateur.Client(server.address, timeout=10) as client:
+        assert client.health()
+    async with secateur.aio.Client(server.address, timeout=10) as other:
+        assert await other.health()
 
 
 def public(client: type) -> dict[str, list[inspect.Parameter]]:

@@ -285,7 +285,9 @@ def test_an_idle_worker_that_dies_is_replaced(
     own_server: Callable[..., Server], cnn: pathlib.Path
 ) -> None:
     server = own_server()
-    os.kill(server.idle_worker(), signal.SIGKILL)
+    worker = server.idle_worker()
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: worker not in server.workers())
     with secateur.Client(server.address) as client:
         assert client.inspect(cnn)
 
