@@ -40,8 +40,7 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
         _visit(flow, node)
         rule = rules.find(node.domain, node.op_type, flow.opset(node))
         if rule is not None and rule.macs is not None:
-            constant, axes = rule.macs(flow, node)
-            macs.append(MacTerm(node_label(node), constant, axes))
+            macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
     for value in graph.outputs:
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")

@@ -58,10 +58,9 @@ class FrozenReason:
 
 @dataclass(frozen=True, slots=True)
 class MacTerm:
-    """Multiply-accumulates of one node: `constant` × the sizes of `axes`."""
+    """Multiply-accumulates of one node: the product of the sizes of `axes`."""
 
     node: str
-    constant: int
     axes: tuple[Axis, ...]
 
 

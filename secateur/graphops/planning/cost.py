@@ -42,7 +42,7 @@ class Cost:
 def macs(coupling: Coupling) -> Cost:
     """Multiply-accumulates of one forward pass, of one sample where the batch is free."""
     divisor = _batch(coupling)
-    return _cost(coupling, [(term.constant / divisor, term.axes) for term in coupling.macs])
+    return _cost(coupling, [(1 / divisor, term.axes) for term in coupling.macs])
 
 
 def params(coupling: Coupling) -> Cost:

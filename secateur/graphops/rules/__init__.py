@@ -8,6 +8,7 @@
 | indexing | Slice, Split, Gather, Concat, Pad |
 | reduction | reductions, Softmax, ArgMax |
 | normalisation | Batch-, Layer-, Group-, Instance-, RMS- and LRNormalization |
+| recurrent | RNN, GRU, LSTM |
 | spatial | pooling, Resize, depth-to-space |
 | source | Constant, ConstantOfShape, Shape arithmetic |
 """
@@ -18,6 +19,7 @@ from secateur.graphops.rules import (  # noqa: F401  importing registers
     indexing,
     movement,
     normalisation,
+    recurrent,
     reduction,
     source,
     spatial,

@@ -83,31 +83,32 @@ def _letters(term: str, own: int, dots: int) -> list[str | int]:
     return [*head, *middle, *tail]
 
 
-def macs_matmul(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+def macs_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Size of the result × length of the sum."""
     a = node.inputs[0]
     last = (rank(flow, a) or 1) - 1
-    return 1, (*_all_axes(flow, node.outputs[0]), (str(a.name if a else ""), last))
+    return [(*all_axes(flow, node.outputs[0]), (str(a.name if a else ""), last))]
 
 
-def macs_gemm(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+def macs_gemm(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Size of the result × length of the sum."""
     a = node.inputs[0]
     k = 0 if integer(node, "transA", 0) else 1
-    return 1, (*_all_axes(flow, node.outputs[0]), (str(a.name if a else ""), k))
+    return [(*all_axes(flow, node.outputs[0]), (str(a.name if a else ""), k))]
 
 
-def macs_einsum(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+def macs_einsum(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Product of the sizes of all letters."""
     equation = text(node, "equation", "").replace(" ", "").partition("->")[0]
     axes: dict[str, Axis] = {}
     for term, value in zip(equation.split(","), node.inputs, strict=True):
         for axis, letter in enumerate(term.replace("...", "")):
             axes.setdefault(letter, (str(value.name if value else ""), axis))
-    return 1, tuple(axes.values())
+    return [tuple(axes.values())]
 
 
-def _all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
+def all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
+    """Every axis of a tensor, as a factor of a cost."""
     return tuple((str(value.name), axis) for axis in range(rank(flow, value) or 0))
 
 
@@ -241,18 +242,18 @@ def _rewrite_groups(surgeon: Surgeon, node: ir.Node, weight_axis: int) -> None:
         surgeon.set_integer(node, "group", surgeon.size(x, 1) // per_group)
 
 
-def macs_conv(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Result positions × the whole weight (Cout × Cin/groups × kernel)."""
     y, weight = node.outputs[0], node.inputs[1]
-    axes = [a for a in _all_axes(flow, y) if a[1] != 1]
-    return 1, (*axes, *(_all_axes(flow, weight) if weight else ()))
+    axes = [a for a in all_axes(flow, y) if a[1] != 1]
+    return [(*axes, *(all_axes(flow, weight) if weight else ()))]
 
 
-def macs_conv_transpose(flow: Flow, node: ir.Node) -> tuple[int, tuple[Axis, ...]]:
+def macs_conv_transpose(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Input positions × the whole weight (Cin × Cout/groups × kernel)."""
     x, weight = node.inputs[0], node.inputs[1]
-    axes = [a for a in (_all_axes(flow, x) if x else ()) if a[1] != 1]
-    return 1, (*axes, *(_all_axes(flow, weight) if weight else ()))
+    axes = [a for a in (all_axes(flow, x) if x else ()) if a[1] != 1]
+    return [(*axes, *(all_axes(flow, weight) if weight else ()))]
 
 
 _ROLES = {1: "weight", 2: "bias"}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Couple = Callable[["Flow", ir.Node], None]
 Rewrite = Callable[["Surgeon", ir.Node], None]
-Macs = Callable[["Flow", ir.Node], "tuple[int, tuple[Axis, ...]]"]
+Macs = Callable[["Flow", ir.Node], "list[tuple[Axis, ...]]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Rule:
         family: the rule's family, for tables and tests.
         couple: passes labels from inputs to outputs.
         rewrite: adapts attributes and integer inputs of the node after units went.
-        macs: multiply-accumulates as a constant times the sizes of some axes.
+        macs: multiply-accumulates, a sum of products of the sizes of axes.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
