@@ -44,7 +44,7 @@ WORKDIR /var/lib/secateur
 VOLUME /var/lib/secateur
 EXPOSE 50051
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 \
-  CMD ["secateur", "health", "--server", "127.0.0.1:50051"]
+  CMD ["python", "-c", "import sys, secateur; sys.exit(not secateur.Client('127.0.0.1:50051').health(timeout=4))"]
 ENTRYPOINT ["secateur"]
 # A container's own network is the wall around it: publish the port on loopback or on a closed network.
 CMD ["serve", "--listen", "0.0.0.0:50051", "--insecure-public", "--folder", "/var/lib/secateur"]
