@@ -54,11 +54,8 @@ protos: $(READY) ## generate secateur/v1 from protos/
 	$(BIN)/python scripts/generate_stubs.py
 
 .PHONY: bench
-bench: $(READY) ## print the figures of benchmarks/
-	@for program in benchmarks/*.py; do \
-	  case $$program in */_*) continue;; esac; \
-	  echo "== $$program"; $(BIN)/python $$program || exit 1; \
-	done
+bench: $(READY) ## print the figures of the main job, on the models that are here
+	$(BIN)/python benchmarks/main.py
 
 .PHONY: wheel-test
 wheel-test: $(READY) ## build the wheel, install it alone, and prune with it
