@@ -52,7 +52,8 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
     for index in (_W, _R, _B, _P, *_STATES):
         value = operand(node, index)
         if value is not None:
-            flow.freeze_axis(value, 0, node, "DIRECTION", "the directions or the batch")
+            for axis in (0, 1) if index in _STATES else (0,):
+                flow.freeze_axis(value, axis, node, "DIRECTION", "the directions or the batch")
     for output in node.outputs:
         size = rank(flow, output)
         if output.name and size:
