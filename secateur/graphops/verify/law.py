@@ -12,10 +12,12 @@ it, so it checks surgery against analysis independently.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from secateur.graphops.coupling.analyse import couple
@@ -79,7 +81,7 @@ def _reference(
     """The original with zeros (or, at exceptions, without the positions) where units went."""
     clone = model.clone()
     nodes = {node.outputs[0].name: node for node in clone.graph if node.outputs}
-    builder = _Builder(clone.graph, clone.opset_imports.get("", 1))
+    builder = _Builder(clone.graph, clone.opset_imports.get("", 1), _types(model))
     exceptions: list[str] = []
     seen: set[tuple[str, int, int]] = set()
     for contraction in coupling.contractions:
@@ -90,14 +92,33 @@ def _reference(
         if mask is None or place in seen or value is None:
             continue
         seen.add(place)
-        original = contraction.node.inputs[contraction.index]
-        rank = len(coupling.shapes.of(str(original.name if original else "")) or ())
+        rank = _rank(contraction, coupling)
         if contraction.exact:
             builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
             exceptions.append(node.name or str(node.outputs[0].name))
             builder.without(node, contraction.axis, rank, mask)
     return clone, tuple(sorted(set(exceptions)))
+
+
+def _rank(contraction: Contraction, coupling: Coupling) -> int:
+    """Axes of the operand; where its shape is not known, as many as a convolution's weight has."""
+    for index in (contraction.index, 1):
+        value = contraction.node.inputs[index]
+        shape = coupling.shapes.of(str(value.name)) if value is not None else None
+        if shape is not None:
+            return len(shape)
+    raise ValueError(f"the rank of what {contraction.node.name!r} sums over is not known")
+
+
+def _types(model: ir.Model) -> dict[str, ir.DataType]:
+    """Element types of the tensors whose type the model does not record."""
+    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    return {
+        info.name: ir.DataType(info.type.tensor_type.elem_type)
+        for info in inferred.graph.value_info
+        if info.type.tensor_type.elem_type
+    }
 
 
 def _mask(
@@ -113,16 +134,11 @@ def _mask(
 class _Builder:
     """Inserts the few nodes a reference needs."""
 
-    def __init__(self, graph: ir.Graph, opset: int) -> None:
+    def __init__(self, graph: ir.Graph, opset: int, types: Mapping[str, ir.DataType]) -> None:
         self._graph = graph
         self._opset = opset
         self._count = 0
-        floats = [
-            v.const_value.dtype
-            for v in graph.initializers.values()
-            if v.const_value is not None and v.const_value.dtype.is_floating_point()
-        ]
-        self._dtype = floats[0] if floats else ir.DataType.FLOAT
+        self._types = types
 
     def _name(self) -> str:
         self._count += 1
@@ -156,7 +172,7 @@ class _Builder:
         """Where(mask, x, 0) before input `index`, of `rank` axes (x · mask in old opsets)."""
         value = node.inputs[index]
         assert value is not None
-        dtype = value.dtype or self._dtype
+        dtype = value.dtype or self._types.get(str(value.name), ir.DataType.FLOAT)
         lined = mask.reshape([-1, *[1] * (rank - axis - 1)])
         if self._opset < _WHERE_SINCE:
             where = self._node("Mul", [value, self._constant(lined.astype(dtype.numpy()))])
