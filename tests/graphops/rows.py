@@ -1403,6 +1403,41 @@ def _(net: Net) -> str:
     return image_end(net, net.op("RoiAlign", image(net), regions, which, name=SUBJECT, **options))
 
 
+# -- recurrent ---------------------------------------------------------------------------------
+
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def _recurrent(op: str, directions: int = 1, states: bool = False, **options: Any) -> Build:
+    """sequence → recurrent layer → its last state and all of its states are consumed."""
+
+    def build(net: Net) -> str:
+        rows = _GATES[op] * C
+        x = net.op("Transpose", sequence(net, 6), perm=[1, 0, 2])  # (5, 2, 6)
+        operands = [x, net.floats(directions, rows, 6), net.floats(directions, rows, C)]
+        if states:
+            operands += [net.floats(directions, 2 * rows), "", net.floats(directions, 2, C)]
+        if states and op == "LSTM":
+            operands += [net.floats(directions, 2, C), net.floats(directions, 3 * C)]
+        options["direction"] = "bidirectional" if directions == 2 else "forward"
+        every, last = net.ops(op, *operands, outputs=2, name=SUBJECT, hidden_size=C, **options)
+        ends = [net.dense(net.op("Tanh", y), C, 3) for y in (every, last)]
+        return net.op("Add", *ends)
+
+    return build
+
+
+for _op in _GATES:
+    rows(
+        _op,
+        {
+            "": _recurrent(_op),
+            "states and biases": _recurrent(_op, states=True),
+            "both directions": _recurrent(_op, 2),
+        },
+    )
+rows("GRU", {"linear before reset": _recurrent("GRU", states=True, linear_before_reset=1)})
+
 # -- sources -----------------------------------------------------------------------------------
 
 
