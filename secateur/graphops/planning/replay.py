@@ -37,6 +37,15 @@ def units_kept(
     keep = np.ones(coupling.count + 1, np.bool_)
     stated: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
     for entry in plan.kept:
+        source = copies.get(entry.tensor, entry.tensor)
+        if entry.source != source:
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"tensor {entry.tensor!r} has another source",
+                nodes=(entry.tensor,),
+                expected=source,
+                found=entry.source,
+            )
         for axis, indices in entry.axes.items():
             units = coupling.axes(entry.tensor).get(axis)
             if units is None or (indices and (min(indices) < 0 or max(indices) >= units.size)):
