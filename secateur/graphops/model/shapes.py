@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from secateur.graphops.model import arithmetic
+from secateur.graphops.model import arithmetic, contrib
 
 Shape = tuple[int | None, ...]
 Array = npt.NDArray[Any]
@@ -274,12 +274,28 @@ class _Skeleton:
             _check_concat(node, shapes)
         if all(_is_complete(shapes.get(value.name or "")) for value in node.outputs if value.name):
             return
-        if node.op_type in _KEEP_SHAPE and node.inputs and node.inputs[0] is not None:
-            source, name = node.inputs[0].name or "", str(node.outputs[0].name)
-            if source in types:
-                types[name], shapes[name] = types[source], shapes.get(source)
+        if self._infer_contrib(node, types, shapes):
             return
         self._infer_node(node, serialised, types, shapes, values, strict)
+
+    def _infer_contrib(
+        self,
+        node: ir.Node,
+        types: dict[str, onnx.TypeProto],
+        shapes: dict[str, Shape | None],
+    ) -> bool:
+        """Operators whose schema onnx has no shape inference for."""
+        known = [None if value is None else shapes.get(value.name or "") for value in node.inputs]
+        inferred = contrib.infer(node, known)
+        if inferred is None:
+            return False
+        source = types.get(node.inputs[0].name or "") if node.inputs[0] is not None else None
+        dtype = source.tensor_type.elem_type if source is not None else onnx.TensorProto.FLOAT
+        for value, shape in zip(node.outputs, inferred, strict=False):
+            if shape is not None and value.name:
+                shapes[value.name] = shape
+                types[value.name] = onnx.helper.make_tensor_type_proto(dtype, shape)
+        return True
 
     def _evaluate(
         self, node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
@@ -349,21 +365,6 @@ class _Skeleton:
             shapes[name] = _shape_of(type_proto)
 
 
-# Operators whose first output is like the first input and whose schema does not say so.
-_KEEP_SHAPE = frozenset(
-    [
-        "GroupNormalization",
-        "MeanVarianceNormalization",
-        "SimplifiedLayerNormalization",
-        "BiasGelu",
-        "FastGelu",
-        "QuickGelu",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-        "BiasAdd",
-        "RotaryEmbedding",
-    ]
-)
 _BROADCASTING = frozenset(
     ["Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Equal", "Less", "Greater"]
 )

@@ -10,15 +10,21 @@
 | normalisation | Batch-, Layer-, Group-, Instance-, RMS- and LRNormalization |
 | recurrent | RNN, GRU, LSTM |
 | spatial | pooling, Resize, depth-to-space |
+| attention | fused attention, rotary embedding |
+| fused | what ONNX Runtime's optimizers emit |
+| quantised | QLinear operators and the like |
 | source | Constant, ConstantOfShape, Shape arithmetic |
 """
 
 from secateur.graphops.rules import (  # noqa: F401  importing registers
+    attention,
     contraction,
     elementwise,
+    fused,
     indexing,
     movement,
     normalisation,
+    quantised,
     recurrent,
     reduction,
     source,

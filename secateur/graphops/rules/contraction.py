@@ -6,6 +6,8 @@ with zeros there. Sliced on any other axis, the result loses the same slice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,7 +19,8 @@ from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 
-def _freeze_all(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
+def freeze_all(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
+    """Keeps all of every input."""
     for value in node.inputs:
         flow.freeze_value(value, node, code, detail)
 
@@ -29,7 +32,7 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
     """`…mk, …kn → …mn` with broadcasting; vectors lack m or n."""
     a, b = rank(flow, node.inputs[0]), rank(flow, node.inputs[1])
     if a is None or b is None or 0 in (a, b):
-        return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     batch = max(a, b) - 2
     left = [*range(batch - (a - 2), batch), "m", "k"] if a > 1 else ["k"]
     right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
@@ -46,7 +49,7 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
     if operand(node, 2) is not None:
         bias = rank(flow, node.inputs[2])
         if bias is None:
-            return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of C is not known")
+            return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of C is not known")
         operands.append((2, ["m", "n"][2 - bias :]))
     flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
     return None
@@ -63,7 +66,7 @@ def couple_einsum(flow: Flow, node: ir.Node) -> None:
         or None in ranks
         or any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in terms)
     ):
-        return _freeze_all(flow, node, "UNSUPPORTED_FORM", f"equation {equation!r}")
+        return freeze_all(flow, node, "UNSUPPORTED_FORM", f"equation {equation!r}")
     dots = max(
         r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True) if r is not None
     )
@@ -130,27 +133,45 @@ register("Einsum", "contraction", couple_einsum, macs=macs_einsum)
 
 def couple_conv(flow: Flow, node: ir.Node) -> None:
     """Input channels meet the weight's, output channels are the weight's own."""
-    _couple_convolution(flow, node, out_axis=0)
+    couple_convolution(flow, node)
 
 
 def couple_conv_transpose(flow: Flow, node: ir.Node) -> None:
     """As Conv with the weight's first two axes exchanged."""
-    _couple_convolution(flow, node, out_axis=1)
+    couple_convolution(flow, node, out_axis=1)
 
 
-def _couple_convolution(flow: Flow, node: ir.Node, out_axis: int) -> None:
-    x, weight, bias = node.inputs[0], node.inputs[1], operand(node, 2)
-    shape = flow.shape(weight)
-    if x is None or weight is None or shape is None or None in shape[:2]:
-        return _freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
+def couple_convolution(
+    flow: Flow,
+    node: ir.Node,
+    *,
+    weight: int = 1,
+    bias: int | None = 2,
+    vectors: Sequence[int] = (),
+    out_axis: int = 0,
+) -> None:
+    """Any convolution of input 0.
+
+    Args:
+        flow: to state it in.
+        node: the convolution.
+        weight: index of W among its inputs.
+        bias: index of B, if the operator has one.
+        vectors: indices of further inputs that may hold one number per output channel.
+        out_axis: axis of W that holds output channels.
+    """
+    x, w = node.inputs[0], node.inputs[weight]
+    shape = flow.shape(w)
+    if x is None or w is None or shape is None or None in shape[:2]:
+        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
     groups = integer(node, "group", 1)
     for axis in range(2, len(shape)):
-        flow.freeze_axis(weight, axis, node, "KERNEL", "a position of the kernel")
+        flow.freeze_axis(w, axis, node, "KERNEL", "a position of the kernel")
     for axis in range(2, rank(flow, x) or 2):
         flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
-    own = _line(flow, weight, out_axis, shape[out_axis] or 0)
-    shared = _line(flow, weight, 1 - out_axis, shape[1 - out_axis] or 0)
+    own = _line(flow, w, out_axis, shape[out_axis] or 0)
+    shared = _line(flow, w, 1 - out_axis, shape[1 - out_axis] or 0)
     if groups == 1:
         flow.join(node, _line(flow, x, 1, shared.size), shared)
         flow.contract(node, 0, 1)
@@ -161,8 +182,10 @@ def _couple_convolution(flow: Flow, node: ir.Node, out_axis: int) -> None:
         # W (g·c, o): its axis 0 runs with X, its axis 1 is each group's own outputs.
         flow.join(node, _line(flow, x, 1, shared.size), shared)
         result = _grouped_transpose(flow, node, shared, own, groups)
-    if bias is not None:
-        flow.join(node, _line(flow, bias, 0, result.size), result)
+    for index in (*([] if bias is None else [bias]), *vectors):
+        vector = operand(node, index)
+        if vector is not None and flow.shape(vector) == (result.size,) != (1,):
+            flow.join(node, _line(flow, vector, 0, result.size), result)
     if result.any():
         flow.set(node.outputs[0], (Block((1,), result),))
     return None
@@ -214,7 +237,7 @@ def _equate(flow: Flow, node: ir.Node, matrix: Labels) -> None:
 
 def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:
     """The number of groups follows from the channels that stay: C / (channels per group)."""
-    _rewrite_groups(surgeon, node, weight_axis=1)
+    rewrite_groups(surgeon, node, weight=1)
 
 
 def rewrite_conv_transpose(surgeon: Surgeon, node: ir.Node) -> None:
@@ -232,21 +255,27 @@ def rewrite_conv_transpose(surgeon: Surgeon, node: ir.Node) -> None:
         surgeon.set_integer(node, "group", left)
 
 
-def _rewrite_groups(surgeon: Surgeon, node: ir.Node, weight_axis: int) -> None:
+def rewrite_groups(surgeon: Surgeon, node: ir.Node, weight: int) -> None:
+    """Sets `group` to the input channels divided by those of one group, W's axis 1."""
     groups = integer(node, "group", 1)
-    x, weight = node.inputs[0], node.inputs[1]
-    if groups == 1 or x is None or weight is None or not surgeon.changed(x):
+    x, w = node.inputs[0], node.inputs[weight]
+    if groups == 1 or x is None or w is None or not surgeon.changed(x):
         return
-    per_group = surgeon.size(weight, weight_axis)
+    per_group = surgeon.size(w, 1)
     if surgeon.size(x, 1) // per_group != groups:
         surgeon.set_integer(node, "group", surgeon.size(x, 1) // per_group)
 
 
 def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Result positions × the whole weight (Cout × Cin/groups × kernel)."""
-    y, weight = node.outputs[0], node.inputs[1]
-    axes = [a for a in all_axes(flow, y) if a[1] != 1]
-    return [(*axes, *(all_axes(flow, weight) if weight else ()))]
+    return macs_convolution(flow, node, weight=1)
+
+
+def macs_convolution(flow: Flow, node: ir.Node, weight: int) -> list[tuple[Axis, ...]]:
+    """Result positions × the whole weight, which is input `weight`."""
+    w = node.inputs[weight]
+    axes = [a for a in all_axes(flow, node.outputs[0]) if a[1] != 1]
+    return [(*axes, *(all_axes(flow, w) if w else ()))]
 
 
 def macs_conv_transpose(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:

@@ -1,0 +1,116 @@
+"""Shapes of operators whose schema onnx does not know: com.microsoft, and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+Shape = tuple[int | None, ...]
+Shapes = Sequence[Shape | None]
+
+
+def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
+    """Shapes of the outputs that are known, None when the operator is not known here."""
+    function = _TABLE.get(node.op_type)
+    if function is None or not inputs or inputs[0] is None:
+        return None
+    try:
+        return function(node, inputs)
+    except (IndexError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _int(node: ir.Node, name: str, default: int = 0) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else int(attribute.value)
+
+
+def _first(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    return [inputs[0]]
+
+
+def _skip_norm(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    return [inputs[0], None, None, inputs[0]]
+
+
+def _matmul(a: int, b: int) -> Callable[[ir.Node, Shapes], list[Shape | None]]:
+    def run(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+        left, right = list(inputs[a] or ()), list(inputs[b] or ())
+        if _int(node, "transA"):
+            left[-2:] = left[:-3:-1]
+        if _int(node, "transB"):
+            right[-2:] = right[:-3:-1]
+        batch = left[:-2] if len(left) >= len(right) else right[:-2]
+        return [(*batch, left[-2], right[-1])]
+
+    return run
+
+
+def _attention(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    """MultiHeadAttention and GroupQueryAttention: queries' rows, values' hidden size × share."""
+    query, value = inputs[0] or (), inputs[2]
+    if value is None or len(query) != 3:
+        return [None]
+    if len(value) == 4:
+        return [(query[0], query[1], (value[1] or 0) * (value[3] or 0))]
+    share = _int(node, "num_heads", 1) // (_int(node, "kv_num_heads") or _int(node, "num_heads", 1))
+    return [(query[0], query[1], (value[2] or 0) * share)]
+
+
+def _packed_attention(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    x, weight = inputs[0] or (), inputs[1] or ()
+    sizes = node.attributes.get("qkv_hidden_sizes")
+    hidden = (weight[1] or 0) // 3 if sizes is None else int(sizes.value[2])
+    return [(x[0], x[1], hidden)]
+
+
+def _embed(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    ids, table = inputs[0] or (), inputs[2] or ()
+    shape: Shape = (ids[0], ids[1], table[1])
+    return [shape, None, shape]
+
+
+def _binary(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    a, b = inputs[0] or (), inputs[3] or ()
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    padded = (1,) * (len(longer) - len(shorter)) + tuple(shorter)
+    return [tuple(y if x == 1 else x for x, y in zip(longer, padded, strict=True))]
+
+
+def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    x = inputs[0] or ()
+    return [(x[0], x[1], *(1 for _ in x[2:]))]
+
+
+_TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
+    **dict.fromkeys(
+        [
+            "GroupNormalization",
+            "SimplifiedLayerNormalization",
+            "BiasGelu",
+            "FastGelu",
+            "QuickGelu",
+            "Gelu",
+            "BiasAdd",
+            "RotaryEmbedding",
+            "QLinearSigmoid",
+            "QLinearLeakyRelu",
+        ],
+        _first,
+    ),
+    "SkipLayerNormalization": _skip_norm,
+    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "FusedMatMul": _matmul(0, 1),
+    "FusedGemm": _matmul(0, 1),
+    "QGemm": _matmul(0, 3),
+    "MatMulIntegerToFloat": _matmul(0, 1),
+    "DynamicQuantizeMatMul": _matmul(0, 1),
+    "MultiHeadAttention": _attention,
+    "GroupQueryAttention": _attention,
+    "Attention": _packed_attention,
+    "EmbedLayerNormalization": _embed,
+    "QLinearAdd": _binary,
+    "QLinearMul": _binary,
+    "QLinearGlobalAveragePool": _global_pool,
+}
