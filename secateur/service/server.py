@@ -61,10 +61,11 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
             ttl_s=config.blob_ttl_s,
             durable=config.folder is not None,
         )
-        async with _pool(config) as pool, _sweeping(store, config.blob_ttl_s):
-            health = health_aio.HealthServicer()
-            server = _build(pool, store, health)
-            address = _bind(server, config)
+        pool = WorkerPool(config.workers, config.jobs_per_worker)
+        health = health_aio.HealthServicer()
+        server = _build(pool, store, health)
+        address = _bind(server, config)
+        async with _working(pool), _sweeping(store, config.blob_ttl_s):
             await server.start()
             for name in ("", *SERVICES):
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -157,11 +158,10 @@ def _signals(stop: asyncio.Event) -> Iterator[asyncio.Event]:
 
 
 @contextlib.asynccontextmanager
-async def _pool(config: ServerConfig) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(config.workers, config.jobs_per_worker)
+async def _working(pool: WorkerPool) -> AsyncIterator[None]:
     try:
         await pool.start()
-        yield pool
+        yield
     finally:
         await pool.close()
 

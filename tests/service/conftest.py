@@ -28,21 +28,23 @@ class Server:
 
     Attributes:
         address: `127.0.0.1:PORT`.
+        folder: where its blobs and jobs lie.
         log: what it writes to standard error.
     """
 
-    def __init__(self, log: pathlib.Path, *flags: str) -> None:
-        self.log = log
-        with log.open("ab") as stderr:
+    def __init__(self, home: pathlib.Path, *flags: str) -> None:
+        self.log, self.folder = home / "server.log", home / "server"
+        flags = ("--listen", "127.0.0.1:0", "--folder", str(self.folder), "--workers", "1", *flags)
+        with self.log.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "secateur", "serve", "--listen", "127.0.0.1:0", *flags],
+                [sys.executable, "-m", "secateur", "serve", *flags],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("listening on "), log.read_text()
+        assert line.startswith("listening on "), self.log.read_text()
         self.address = line.split()[-1]
 
     def workers(self) -> list[int]:
@@ -54,9 +56,13 @@ class Server:
                 found += [int(child) for child in (task / "children").read_text().split()]
         return found
 
+    def has_job(self) -> bool:
+        """Whether a job has its model."""
+        return any(self.folder.glob("jobs/*/model.onnx"))
+
     def idle_worker(self) -> int:
-        """The process id of the only worker, once it waits for a job."""
-        wait_for(lambda: len(self.workers()) == 1)
+        """The process id of the only worker, once all that was before has ended."""
+        wait_for(lambda: not any(self.folder.glob("jobs/*")) and len(self.workers()) == 1)
         return self.workers()[0]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -105,8 +111,8 @@ def frozen(pid: int) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that tests share and must leave as they found it."""
-    running = Server(tmp_path_factory.mktemp("server") / "log", "--workers", "1")
+    """A server that tests share; they may end its workers, not it."""
+    running = Server(tmp_path_factory.mktemp("server"))
     yield running
     assert running.stop() == 0
 
@@ -117,7 +123,7 @@ def own_server(tmp_path: pathlib.Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
     def start(*flags: str) -> Server:
-        started.append(Server(tmp_path / "server.log", "--workers", "1", *flags))
+        started.append(Server(tmp_path, *flags))
         return started[-1]
 
     yield start

@@ -104,17 +104,17 @@ def test_upload_goes_on_after_its_call_was_cut(stub: Any) -> None:
 def test_upload_goes_on_under_the_next_server(
     own_server: Callable[..., Server], tmp_path: pathlib.Path
 ) -> None:
-    content, folder = CONTENT + b"restart", str(tmp_path / "home")
+    content = CONTENT + b"restart"
     name = name_of(content)
     for stop, signal_number in ((1 << 20, signal.SIGKILL), (len(content), signal.SIGTERM)):
-        server = own_server("--folder", folder)
+        server = own_server()
         with grpc.insecure_channel(server.address) as channel:
             stub = bytestream_pb2_grpc.ByteStreamStub(channel)
             start = 0 if stop == 1 << 20 else status(stub, name)[0]
             assert start == (0 if stop == 1 << 20 else 1 << 20)
             stub.Write(requests(name, content, start=start, stop=stop))
         server.stop(signal_number)
-    stored = [path for path in (tmp_path / "home" / "blobs").rglob("*") if path.is_file()]
+    stored = [path for path in (tmp_path / "server" / "blobs").rglob("*") if path.is_file()]
     assert [path.read_bytes() for path in stored] == [content]
 
 

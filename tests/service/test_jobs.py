@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -135,8 +134,7 @@ def test_an_exception_in_the_progress_callback_ends_the_call(
 # ---- ended when nobody waits -------------------------------------------------------------------
 
 
-def test_deadline_ends_the_worker(own_server: Callable[..., Server], cnn: pathlib.Path) -> None:
-    server = own_server()
+def test_deadline_ends_the_worker(server: Server, cnn: pathlib.Path) -> None:
     worker = server.idle_worker()
     with secateur.Client(server.address) as client, frozen(worker):
         start = time.monotonic()
@@ -147,10 +145,7 @@ def test_deadline_ends_the_worker(own_server: Callable[..., Server], cnn: pathli
         assert client.inspect(cnn)  # by another worker
 
 
-def test_cancelling_a_task_ends_the_worker(
-    own_server: Callable[..., Server], cnn: pathlib.Path
-) -> None:
-    server = own_server()
+def test_cancelling_a_task_ends_the_worker(server: Server, cnn: pathlib.Path) -> None:
     worker = server.idle_worker()
 
     async def cancel() -> None:
@@ -166,10 +161,7 @@ def test_cancelling_a_task_ends_the_worker(
         asyncio.run(cancel())
 
 
-def test_a_client_that_vanishes_ends_the_worker(
-    own_server: Callable[..., Server], cnn: pathlib.Path
-) -> None:
-    server = own_server()
+def test_a_client_that_vanishes_ends_the_worker(server: Server, cnn: pathlib.Path) -> None:
     worker = server.idle_worker()
     with frozen(worker):
         channel = grpc.insecure_channel(server.address)
@@ -183,9 +175,8 @@ def test_a_client_that_vanishes_ends_the_worker(
 
 
 def test_ctrl_c_on_the_command_line_ends_the_worker(
-    own_server: Callable[..., Server], cnn: pathlib.Path, tmp_path: pathlib.Path
+    server: Server, cnn: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    server = own_server("--folder", str(tmp_path / "home"))
     worker, out = server.idle_worker(), tmp_path / "slim.onnx"
     # whoever runs the tests may ignore the signal, and children inherit that
     code = (
@@ -194,7 +185,7 @@ def test_ctrl_c_on_the_command_line_ends_the_worker(
     )
     flags = ["prune", str(cnn), "-o", str(out), "--server", server.address]
     with frozen(worker), subprocess.Popen([sys.executable, "-c", code, *flags]) as process:
-        wait_for(lambda: any(tmp_path.glob("home/jobs/*/model.onnx")))
+        wait_for(server.has_job)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
         wait_for(lambda: is_gone(worker), 1.0)
@@ -215,8 +206,8 @@ def test_command_line_with_a_server_writes_the_same(
     assert said[0] == said[1]
 
 
-def test_children_of_a_worker_end_with_it(own_server: Callable[..., Server]) -> None:
-    worker = own_server().idle_worker()
+def test_children_of_a_worker_end_with_it(server: Server) -> None:
+    worker = server.idle_worker()
     assert os.getpgid(worker) == os.getsid(worker) == worker
 
     async def end() -> int:
@@ -236,9 +227,8 @@ def test_children_of_a_worker_end_with_it(own_server: Callable[..., Server]) -> 
 
 
 def test_waiting_jobs_take_their_turn_and_can_be_cancelled(
-    own_server: Callable[..., Server], cnn: pathlib.Path
+    server: Server, cnn: pathlib.Path
 ) -> None:
-    server = own_server()
     worker = server.idle_worker()
     found: list[secateur.Inspection] = []
     with secateur.Client(server.address) as client:
@@ -256,10 +246,7 @@ def test_waiting_jobs_take_their_turn_and_can_be_cancelled(
 # ---- alone in their death ----------------------------------------------------------------------
 
 
-def test_a_crashing_worker_is_an_error_of_its_call_only(
-    own_server: Callable[..., Server], cnn: pathlib.Path
-) -> None:
-    server = own_server()
+def test_a_crashing_worker_is_an_error_of_its_call_only(server: Server, cnn: pathlib.Path) -> None:
     worker = server.idle_worker()
     caught: list[Exception] = []
 
@@ -281,10 +268,7 @@ def test_a_crashing_worker_is_an_error_of_its_call_only(
         assert client.prune(cnn, HALF).model
 
 
-def test_an_idle_worker_that_dies_is_replaced(
-    own_server: Callable[..., Server], cnn: pathlib.Path
-) -> None:
-    server = own_server()
+def test_an_idle_worker_that_dies_is_replaced(server: Server, cnn: pathlib.Path) -> None:
     worker = server.idle_worker()
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: worker not in server.workers())
@@ -292,16 +276,13 @@ def test_an_idle_worker_that_dies_is_replaced(
         assert client.inspect(cnn)
 
 
-def test_jobs_leave_no_files(own_server: Callable[..., Server], tmp_path: pathlib.Path) -> None:
-    server = own_server("--folder", str(tmp_path / "home"))
-    with secateur.Client(server.address) as client:
-        client.prune(perceptron(16, 32, 8))
-        with pytest.raises(secateur.Refused):
-            client.prune(b"nonsense")
-        with frozen(server.idle_worker()), pytest.raises(secateur.Cancelled):
-            client.prune(perceptron(16, 32, 8), timeout=0.3)
-    wait_for(lambda: not list((tmp_path / "home" / "jobs").iterdir()))
-    assert not list((tmp_path / "home" / "uploads").iterdir())
+def test_jobs_leave_no_files(server: Server, client: secateur.Client) -> None:
+    client.prune(perceptron(16, 32, 8))
+    with pytest.raises(secateur.Refused):
+        client.prune(b"nonsense")
+    with frozen(server.idle_worker()), pytest.raises(secateur.Cancelled):
+        client.prune(perceptron(16, 32, 8), timeout=0.3)
+    wait_for(lambda: not list((server.folder / "jobs").iterdir()))
 
 
 def test_unreachable_server_is_an_error(cnn: pathlib.Path) -> None:

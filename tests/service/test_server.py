@@ -120,11 +120,8 @@ def test_large_refusals_reach_programs_with_default_limits(server: Server) -> No
     assert "unknown target" in caught.value.details()
 
 
-def test_one_folder_serves_one_server(
-    own_server: Callable[..., Server], tmp_path: pathlib.Path
-) -> None:
-    own_server("--folder", str(tmp_path / "home"))
-    flags = ["--listen", "127.0.0.1:0", "--folder", str(tmp_path / "home")]
+def test_one_folder_serves_one_server(server: Server) -> None:
+    flags = ["--listen", "127.0.0.1:0", "--folder", str(server.folder)]
     done = subprocess.run(
         [sys.executable, "-m", "secateur", "serve", *flags],
         capture_output=True,
@@ -203,9 +200,9 @@ def test_a_server_whose_engine_does_not_load_does_not_start(tmp_path: pathlib.Pa
 
 
 def test_stop_waits_for_calls_says_so_and_leaves_nothing(
-    own_server: Callable[..., Server], cnn: pathlib.Path, tmp_path: pathlib.Path
+    own_server: Callable[..., Server], cnn: pathlib.Path
 ) -> None:
-    server = own_server("--folder", str(tmp_path))
+    server = own_server()
     worker = server.idle_worker()
     seen: list[int] = []
     with (
@@ -219,7 +216,7 @@ def test_stop_waits_for_calls_says_so_and_leaves_nothing(
         with frozen(worker):
             call = threading.Thread(target=lambda: found.append(client.inspect(cnn)))
             call.start()
-            wait_for(lambda: any(tmp_path.glob("jobs/*/model.onnx")))
+            wait_for(server.has_job)
             server.process.send_signal(signal.SIGTERM)
             seen.append(next(watch).status)
         call.join()
@@ -231,9 +228,9 @@ def test_stop_waits_for_calls_says_so_and_leaves_nothing(
 
 
 def test_second_signal_ends_calls_that_do_not_finish(
-    own_server: Callable[..., Server], cnn: pathlib.Path, tmp_path: pathlib.Path
+    own_server: Callable[..., Server], cnn: pathlib.Path
 ) -> None:
-    server = own_server("--grace", "60", "--folder", str(tmp_path))
+    server = own_server("--grace", "60")
     worker = server.idle_worker()
     errors: list[Exception] = []
 
@@ -247,7 +244,7 @@ def test_second_signal_ends_calls_that_do_not_finish(
     with frozen(worker):
         thread = threading.Thread(target=call)
         thread.start()
-        wait_for(lambda: any(tmp_path.glob("jobs/*/model.onnx")))
+        wait_for(server.has_job)
         server.process.send_signal(signal.SIGTERM)
         server.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "stopping" in server.log.read_text())
