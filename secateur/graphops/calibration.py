@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,11 +90,25 @@ def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     return calibration
 
 
+# What NumPy raises on a file that is cut short, damaged, or something else altogether.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def _read(path: pathlib.Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+    except _UNREADABLE as error:
         raise refuse(
             Code.INVALID_CALIBRATION,
             f"calibration file {path.name} cannot be read: {error}",

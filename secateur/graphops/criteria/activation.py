@@ -45,14 +45,15 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
     session = open_session(_with_means(context, places))
     names = [f"secateur_mean_{index}" for index in range(len(places))]
     sums = [0.0 for _ in places]
-    batches = 0
+    samples = 0
     for feeds in context.calibration.batches():
-        batches += 1
+        count = len(next(iter(feeds.values())))  # the last batch may be a smaller one
+        samples += count
         for index, mean in enumerate(session.run(names, feeds)):
-            sums[index] = sums[index] + mean.astype(np.float64)
+            sums[index] = sums[index] + count * mean.astype(np.float64)
     total = context.zeros()
     for (name, axis), mean in zip(places, sums, strict=True):
-        context.add_per_unit(total, name, axis, np.asarray(mean) / batches)
+        context.add_per_unit(total, name, axis, np.asarray(mean) / samples)
     return total
 
 

@@ -80,6 +80,16 @@ def _modulo(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     return [np.fmod(first, second) if _int(node, "fmod", 0) else np.mod(first, second)]
 
 
+def _clip(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, low, high = (*inputs, None, None)[:3]
+    assert data is not None
+    if low is None and "min" in node.attributes:
+        low = np.asarray(node.attributes["min"].value, data.dtype)
+    if high is None and "max" in node.attributes:
+        high = np.asarray(node.attributes["max"].value, data.dtype)
+    return [np.asarray(np.clip(data, low, high), data.dtype)]
+
+
 def _cast(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     return [inputs[0].astype(ir.DataType(_int(node, "to", 1)).numpy())]  # type: ignore[union-attr]
 
@@ -210,6 +220,11 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "Or": _elementwise(np.logical_or),
     "Where": _elementwise(np.where),
     "Cast": _cast,
+    "Clip": _clip,
+    "Relu": _elementwise(lambda x: np.maximum(x, 0)),
+    "Exp": _elementwise(np.exp),
+    "Log": _elementwise(np.log),
+    "Sign": _elementwise(np.sign),
     "Gather": _gather,
     "Concat": _concat,
     "Slice": _slice,

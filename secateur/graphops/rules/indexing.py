@@ -142,20 +142,41 @@ def couple_concat(flow: Flow, node: ir.Node) -> None:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     axis = integer(node, "axis", 1) % len(shape)
+    joint = _concat_joint(flow, node, axis)
+    if joint is not None:
+        flow.set(node.outputs[0], joint)
+        return
     parts: list[Labels] = []
     for value in node.inputs:
         if value is None:
             continue
         size = (flow.shape(value) or {axis: None})[axis]
-        along = flow.axis(value, axis)
         if size is None:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the size is not known")
             return
+        if any(axis in block.axes and len(block.axes) > 1 for block in flow.blocks(value)):
+            flow.freeze_axis(
+                value, axis, node, "UNSUPPORTED_FORM", "one of its joint axes is joined"
+            )
+        along = flow.axis(value, axis)
         parts.append(np.zeros(size, np.int32) if along is None else along)
     letters = [None if other == axis else other for other in range(len(shape))]
     joined = np.concatenate(parts)
     others = _meet_without(flow, node, letters, axis)
     flow.set(node.outputs[0], others + single(axis, joined))
+
+
+def _concat_joint(flow: Flow, node: ir.Node, axis: int) -> Blocks | None:
+    """Operands that all carry one joint block over the same axes, `axis` among them: the halves
+    of rotary embeddings (heads × head size). None where that is not so."""
+    carried = [flow.blocks(value) for value in node.inputs if value is not None]
+    if any(len(blocks) != 1 or axis not in blocks[0].axes for blocks in carried):
+        return None
+    axes = carried[0][0].axes
+    if len(axes) < 2 or any(blocks[0].axes != axes for blocks in carried):
+        return None
+    labels = np.concatenate([blocks[0].labels for blocks in carried], axis=axes.index(axis))
+    return (Block(axes, labels),)
 
 
 def _meet_without(flow: Flow, node: ir.Node, letters: list[int | None], axis: int) -> Blocks:
@@ -228,6 +249,40 @@ def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
         if stay is not None:
             wanted = wanted.compress(stay, axis=taken)
     surgeon.set_input(node, 1, renumbered[wanted], like=known.dtype)
+
+
+def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
+    """Axes that the indices do not reach follow the indices' own."""
+    data, size = node.inputs[0], rank(flow, node.inputs[0])
+    indices = flow.shape(node.inputs[1])
+    if data is None or not flow.blocks(data):
+        return
+    if size is None or not indices or indices[-1] is None:
+        return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
+    indexed = integer(node, "batch_dims", 0) + indices[-1]
+    for axis in range(indexed):
+        flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
+    shift = len(indices) - 1 - indexed
+    flow.set(
+        node.outputs[0],
+        tuple(Block(tuple(a + shift for a in b.axes), b.labels) for b in flow.blocks(data)),
+    )
+    return None
+
+
+def couple_scatter_nd(flow: Flow, node: ir.Node) -> None:
+    """Axes that the indices do not reach run together in data, updates and result."""
+    data, updates = node.inputs[0], node.inputs[2]
+    size, indices = rank(flow, data), flow.shape(node.inputs[1])
+    if data is None or size is None or not indices or indices[-1] is None:
+        for value in (data, updates):
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
+    if not flow.blocks(data) and not flow.blocks(updates):
+        return
+    tail = list(range(indices[-1], size))
+    operands = [(0, [*([None] * indices[-1]), *tail]), (2, [*([None] * (len(indices) - 1)), *tail])]
+    flow.set(node.outputs[0], flow.meet(node, operands, list(range(size))))
 
 
 # -- Pad ---------------------------------------------------------------------------------------
@@ -319,4 +374,6 @@ register("Slice", "indexing", couple_slice, rewrite=rewrite_slice, reads=(0,))
 register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,))
 register("Concat", "indexing", couple_concat)
 register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,))
+register("GatherND", "indexing", couple_gather_nd, reads=(0,))
+register("ScatterND", "indexing", couple_scatter_nd, reads=(0, 2))
 register("Pad", "indexing", couple_pad, rewrite=rewrite_pad, reads=(0,))
