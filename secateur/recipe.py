@@ -39,7 +39,7 @@ class Recipe(BaseModel):
 
     target: dict[str, float] = Field(default_factory=lambda: {"channels": 0.5})
     criterion: Criterion = "l2"
-    granularity: tuple[Granularity, ...] = ("channel", "head")
+    granularity: tuple[Granularity, ...] = Field(default=("channel", "head"), min_length=1)
     scope: Literal["local", "global"] = "local"
     ignore: tuple[str, ...] = ()
     round_to: int | None = Field(default=None, ge=1, le=1024)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+
 from pydantic import BaseModel, ConfigDict
 
 

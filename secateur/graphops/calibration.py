@@ -48,7 +48,7 @@ class Calibration:
         for part in self.parts:
             arrays = _read(part) if isinstance(part, pathlib.Path) else part
             count = _check(
-                arrays, self.expected, str(part) if isinstance(part, pathlib.Path) else ""
+                arrays, self.expected, part.name if isinstance(part, pathlib.Path) else ""
             )
             for start in range(0, count, self.batch):
                 stop = min(start + self.batch, count)

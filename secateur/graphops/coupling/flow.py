@@ -69,6 +69,7 @@ class Flow:
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
     labels: int = 1  # label 0 is FIXED
+    _loose: set[int] = field(default_factory=set)
     _reason_ids: dict[Reason, int] = field(default_factory=dict)
 
     # -- reading -------------------------------------------------------------------------------
@@ -114,6 +115,16 @@ class Flow:
         """New labels, one per position."""
         start, self.labels = self.labels, self.labels + count
         return np.arange(start, start + count, dtype=np.int32)
+
+    def loose(self, count: int) -> Labels:
+        """New labels of positions that a node makes and can leave out: copies, padding, zeros."""
+        labels = self.fresh(count)
+        self._loose.update(labels.tolist())
+        return labels
+
+    def is_loose(self, block: Block) -> bool:
+        """Whether a block holds nothing but positions that a node can leave out."""
+        return int(block.labels.flat[0]) in self._loose
 
     def set(self, value: ir.Value, blocks: Blocks) -> None:
         """Sets the blocks of an output.

@@ -19,6 +19,7 @@ import scipy.sparse.csgraph
 
 from secateur.graphops.coupling.flow import Contraction, Flow, Reason
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels
+from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 
 Units = npt.NDArray[np.int32]  # unit of each position; FIXED (0) where nothing can be cut
@@ -253,9 +254,13 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
     _, first, group = np.unique(signature, return_index=True, return_inverse=True)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     heads = _flags(flow.heads, unit_of, number)
-    normalised = _normalised(flow, unit_of)
+    order = np.argsort(first)  # groups in the order of their first units
+    group_of = np.full(int(number.max()) + 1, -1)
+    for rank, which in enumerate(order):
+        group_of[number[component[starts[members[which]]]]] = rank
+    normalised = _normalised(flow, group_of[unit_of])
     groups = []
-    for which in np.argsort(first):  # in the order of their first units
+    for rank, which in enumerate(order):
         indices = members[which]
         start, end = starts[indices[0]], ends[indices[0]]
         units = number[component[starts[indices]]]
@@ -269,7 +274,7 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
                 kind="head" if heads[units[0]] else "channel",
                 units=units,
                 axes=taken,
-                normalised_by=tuple(sorted(normalised.get(int(units[0]), ()))),
+                normalised_by=tuple(sorted(normalised.get(rank, ()))),
             )
         )
     return _unique_ids(groups)
@@ -296,18 +301,22 @@ def _flags(marked: list[Labels], unit_of: Units, number: Units) -> npt.NDArray[n
     return flags
 
 
-def _normalised(flow: Flow, unit_of: Units) -> dict[int, set[str]]:
-    """unit → names of the nodes that are the law's named exceptions for it."""
+def _normalised(flow: Flow, group_of: npt.NDArray[np.int64]) -> dict[int, set[str]]:
+    """group → names of the nodes that are the law's named exceptions for it.
+
+    Args:
+        flow: finished.
+        group_of: group of each label, negative for none.
+    """
     result: dict[int, set[str]] = {}
     for contraction in flow.contractions:
         if contraction.exact:
             continue
         value = contraction.node.inputs[contraction.index]
-        name = contraction.node.name or str(contraction.node.outputs[0].name)
         for block in flow.blocks(value):
             if contraction.axis in block.axes:
-                for unit in np.unique(unit_of[block.labels]):
-                    result.setdefault(int(unit), set()).add(name)
+                for group in np.unique(group_of[block.labels]).tolist():
+                    result.setdefault(group, set()).add(node_label(contraction.node))
     return result
 
 

@@ -243,3 +243,5 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "ReduceMin": _reduce(np.min),
     "ReduceMax": _reduce(np.max),
 }
+
+OPERATORS = frozenset(_TABLE)

@@ -263,8 +263,6 @@ class _Skeleton:
                 name = str(value.name)
                 values[name] = array
                 shapes[name] = array.shape
-                dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-                types[name] = onnx.helper.make_tensor_type_proto(dtype, array.shape)
             return
         if strict and node.op_type == "Gather":
             _check_indices(node, shapes, values)
@@ -300,7 +298,7 @@ class _Skeleton:
     def _evaluate(
         self, node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
     ) -> list[Array] | None:
-        if node.domain not in ("", "ai.onnx") or not node.outputs:
+        if node.domain not in ("", "ai.onnx"):
             return None
         if node.op_type in ("Shape", "Size") and node.inputs and node.inputs[0] is not None:
             shape = shapes.get(node.inputs[0].name or "")
@@ -313,6 +311,8 @@ class _Skeleton:
             end = node.attributes.get("end")
             begin = 0 if start is None else int(start.value)
             return [sizes[begin : None if end is None else int(end.value)]]
+        if node.op_type not in arithmetic.OPERATORS:
+            return None
         inputs: list[Array | None] = []
         for value in node.inputs:
             if value is None:
@@ -338,6 +338,10 @@ class _Skeleton:
         if not onnx.defs.has(node.op_type, domain):
             return
         names = [value.name for value in node.inputs if value is not None and value.name]
+        for name in names:
+            if name not in types and name in values:
+                dtype = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
+                types[name] = onnx.helper.make_tensor_type_proto(dtype, values[name].shape)
         if any(name not in types for name in names):
             return
         try:
@@ -433,11 +437,11 @@ def _check_concat(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
 
 
 def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
-    if not type_proto.HasField("tensor_type") or not type_proto.tensor_type.HasField("shape"):
+    tensor = type_proto.tensor_type
+    if not tensor.HasField("shape"):
         return None
     return tuple(
-        dim.dim_value if dim.HasField("dim_value") else None
-        for dim in type_proto.tensor_type.shape.dim
+        [dim.dim_value or (0 if dim.HasField("dim_value") else None) for dim in tensor.shape.dim]
     )
 
 

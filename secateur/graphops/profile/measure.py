@@ -51,7 +51,9 @@ def alternate(
 # The high-water mark of the process's own address space: getrusage would count what the parent
 # held when it forked.
 _MEASURE = """
-import sys
+import ctypes, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
 import numpy as np, onnxruntime as ort
 def peak():
     with open("/proc/self/status") as status:

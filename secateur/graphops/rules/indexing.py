@@ -256,7 +256,7 @@ def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
     data, size = node.inputs[0], rank(flow, node.inputs[0])
     indices = flow.shape(node.inputs[1])
     if data is None or not flow.blocks(data):
-        return
+        return None
     if size is None or not indices or indices[-1] is None:
         return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
     indexed = integer(node, "batch_dims", 0) + indices[-1]
@@ -313,7 +313,7 @@ def couple_pad(flow: Flow, node: ir.Node) -> None:
             continue
         along = flow.axis(value, axis)
         assert along is not None
-        result += single(axis, np.concatenate([flow.fresh(front), along, flow.fresh(back)]))
+        result += single(axis, np.concatenate([flow.loose(front), along, flow.loose(back)]))
     padded = {block.axes[0] for block in result}
     frozen_or_whole = tuple(
         block

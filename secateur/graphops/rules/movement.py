@@ -74,7 +74,7 @@ def couple_reshape(flow: Flow, node: ir.Node) -> None:
         return _lose(flow, node)
     result: Blocks = BARE
     taken: set[int] = set()
-    for block in sorted(blocks, key=lambda b: -b.labels.size):
+    for block in sorted(blocks, key=lambda b: (flow.is_loose(b), -b.labels.size)):
         touched = [i for i, (sources, _) in enumerate(factors) if set(sources) & set(block.axes)]
         if taken & set(touched):
             flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "merges two prunable axes")
@@ -133,7 +133,7 @@ def couple_expand(flow: Flow, node: ir.Node) -> None:
                 flow.freeze_axis(value, inner, node, "BARE_AXIS", "is broadcast")
             blocks = tuple(block for block in blocks if axis not in block.axes)
             if flow.shapes.is_fixed(str(output.name), axis):
-                blocks += lab.single(axis, flow.fresh(size))
+                blocks += lab.single(axis, flow.loose(size))
     return _set(flow, node, blocks)
 
 

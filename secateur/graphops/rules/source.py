@@ -25,7 +25,7 @@ def couple_constant_of_shape(flow: Flow, node: ir.Node) -> None:
     blocks: Blocks = BARE
     for axis, size in enumerate(flow.shape(output) or ()):
         if size is not None and size > 1 and flow.shapes.is_fixed(str(output.name), axis):
-            blocks += single(axis, flow.fresh(size))
+            blocks += single(axis, flow.loose(size))
     flow.set(output, blocks)
 
 
