@@ -194,9 +194,8 @@ def main() -> None:
             coupling_time("ResNet-50", large)
             whole_prune(large)
             overhead(address, large)
-    print(
-        f"peak memory of this program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(f"peak memory of this program: {peak} MiB")
 
 
 if __name__ == "__main__":
