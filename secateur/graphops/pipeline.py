@@ -25,7 +25,12 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.normalise import unshare
-from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
+from secateur.graphops.model.opening import (
+    ModelSource,
+    OpenedModel,
+    open_model,
+    self_contained,
+)
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import cost, planner, replay
 from secateur.graphops.profile import measure
@@ -329,7 +334,8 @@ def _runnable(model: ModelSource, opened: OpenedModel) -> bytes | str:
 
 
 def _serialise(model: ir.Model) -> bytes:
-    proto = ir.to_proto(model)
+    """One file with everything in it: bytes have no folder in which other files could lie."""
+    proto = ir.to_proto(self_contained(model))
     size = proto.ByteSize()
     if size >= 2**31:
         raise refuse(

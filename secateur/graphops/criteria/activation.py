@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.criteria.context import Context
+from secateur.graphops.model.opening import self_contained
 from secateur.graphops.verify.runtime import open_session
 
 
@@ -59,7 +60,7 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
 
 def _with_means(context: Context, places: list[tuple[str, int]]) -> bytes:
     """The model with mean |x| along each place as its outputs (the axis alone is kept)."""
-    proto = ir.to_proto(context.model)
+    proto = ir.to_proto(self_contained(context.model.clone()))
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     del proto.graph.output[:]
     for index, (name, axis) in enumerate(places):

@@ -76,6 +76,19 @@ def open_model(source: ModelSource, *, external_data: bool = True) -> OpenedMode
     return OpenedModel(model=model, sha256=digest, size=size, folder=folder)
 
 
+def self_contained(model: ir.Model) -> ir.Model:
+    """Makes the model hold its external weights, so that it can be serialised alone; in place.
+
+    onnx_ir's own loader closes the files, which clones of the model still read from.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return model
+
+
 def _as_proto(source: ModelSource) -> onnx.ModelProto:
     if isinstance(source, onnx.ModelProto):
         return source

@@ -24,7 +24,7 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.flow import Contraction
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.normalise import unshare
-from secateur.graphops.model.opening import ModelSource, open_model
+from secateur.graphops.model.opening import ModelSource, open_model, self_contained
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.verify.examples import example_feeds
@@ -67,7 +67,7 @@ def check_law(source: ModelSource, result: Result, *, seed: int = 0) -> LawCheck
     feeds = example_feeds(opened.model.graph, shapes, seed=seed)
     # Lean sessions run quantised models in floats between Q and DQ: integer kernels of some
     # processors saturate, and then neighbours that went change what stays.
-    serialised = ir.to_proto(reference).SerializeToString()
+    serialised = ir.to_proto(self_contained(reference)).SerializeToString()
     wanted = open_session(serialised, lean=True).run(None, feeds)
     found = open_session(result.model, lean=True).run(None, feeds)
     differences = [0.0]
