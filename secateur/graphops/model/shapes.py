@@ -20,7 +20,9 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from secateur.errors import Code, refuse
 from secateur.graphops.model import arithmetic, contrib
+from secateur.graphops.model.opening import node_label
 
 Shape = tuple[int | None, ...]
 Array = npt.NDArray[Any]
@@ -169,7 +171,7 @@ class _Skeleton:
                     continue
             if self._fold(node):
                 continue
-            serialised = ir.serde.serialize_node(node)
+            serialised = _serialise_node(node)
             self._nodes.append((node, serialised))
             proto.node.append(serialised)
         for name, array in self._known.items():
@@ -380,6 +382,19 @@ _EVALUATED = (
     ir.DataType.FLOAT,
     ir.DataType.UINT8,
 )
+
+
+def _serialise_node(node: ir.Node) -> onnx.NodeProto:
+    """Raises `INVALID_MODEL` for what a file can hold and nobody can write again: text that is
+    not UTF-8, attributes without a type."""
+    try:
+        return ir.serde.serialize_node(node)
+    except ir.serde.SerdeError as error:
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"node {str(node_label(node))!r} is damaged: {error.__cause__ or error}",
+            nodes=(str(node_label(node)),),
+        ) from None
 
 
 def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
