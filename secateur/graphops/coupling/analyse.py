@@ -13,7 +13,7 @@ from secateur.graphops.coupling import units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, constant_tensor
+from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
 # frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
@@ -36,8 +36,10 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
     graph = model.graph
     flow = Flow(shapes=shapes, opsets=dict(model.opset_imports), constants=constants(graph))
     macs: list[MacTerm] = []
+    flow.visit = lambda node: _visit(flow, node)
     for node in graph:
-        _visit(flow, node)
+        flow.visit(node)
+    for node in graph.all_nodes():
         rule = rules.find(node.domain, node.op_type, flow.opset(node))
         if rule is not None and rule.macs is not None:
             macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
@@ -50,13 +52,14 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
 
 
 def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
-    """Every tensor that holds weights: initializers and outputs of Constant nodes, by name."""
-    found = {
-        str(name): value.const_value
-        for name, value in graph.initializers.items()
-        if value.const_value is not None
-    }
-    for node in graph:
+    """Every tensor that holds weights: initializers and outputs of Constant nodes, by name,
+    those of subgraphs included."""
+    found = {}
+    for owner in (graph, *graph.subgraphs()):
+        for name, value in owner.initializers.items():
+            if value.const_value is not None:
+                found[str(name)] = value.const_value
+    for node in graph.all_nodes():
         if node.op_type == "Constant" and node.domain == "":
             tensor = constant_tensor(node)
             if tensor is not None:
@@ -65,7 +68,7 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 
 
 def _visit(flow: Flow, node: ir.Node) -> None:
-    captured = _captured(node)
+    captured = None if bodies(node) else _captured(node)
     if captured is not None:
         flow.hold(node)
         for value in (*node.inputs, *captured):

@@ -7,7 +7,7 @@ cannot carry, and sets the blocks of its outputs. It never sees numbers, and it 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,7 @@ class Flow:
         shapes: of every tensor.
         opsets: domain → version.
         constants: names of tensors that hold weights (initializers and Constant outputs).
+        visit: passes labels through one node; rules of nodes with subgraphs call it inside.
     """
 
     shapes: Shapes
@@ -68,6 +69,7 @@ class Flow:
     heads: list[Labels] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
+    visit: Callable[[ir.Node], None] = field(default=lambda node: None)
     labels: int = 1  # label 0 is FIXED
     _loose: set[int] = field(default_factory=set)
     _reason_ids: dict[Reason, int] = field(default_factory=dict)
@@ -227,6 +229,21 @@ class Flow:
             others = (result if other is block else other for other in self.blocks(value))
             self.blocks_of[value.name] = tuple(others)
         return result
+
+    def unite(self, node: ir.Node, first: ir.Value, second: ir.Value) -> Blocks:
+        """States that two tensors are one in turn (branches, turns of a loop); its blocks."""
+        left, right = self.blocks(first), self.blocks(second)
+        shared: Blocks = BARE
+        for block in left:
+            partner = next((other for other in right if other.axes == block.axes), None)
+            if partner is not None and partner.labels.shape == block.labels.shape:
+                self.join(node, block.labels, partner.labels)
+                shared += (block,)
+        axes = {block.axes for block in shared}
+        for block in (*left, *right):
+            if block.axes not in axes:
+                self.freeze(block.labels, node, "BARE_AXIS", "the other branch or turn has none")
+        return shared
 
     def keep_one(self, labels: Labels) -> None:
         """At least one of these positions must stay, or an axis would be empty."""

@@ -40,6 +40,7 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
             for contraction in context.coupling.contractions
             if (value := contraction.node.inputs[contraction.index]) is not None
             and value.name not in context.coupling.constants
+            and contraction.node.graph is context.model.graph  # bodies have no outputs to add to
             and contraction.axis in context.coupling.axes(str(value.name))
         }
     )

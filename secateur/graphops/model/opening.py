@@ -272,6 +272,7 @@ def _deserialise(proto: onnx.ModelProto) -> ir.Model:
         raise refuse(Code.INVALID_MODEL, f"the graph cannot be read: {error}") from None
     _check_names(model.graph)
     _name_nodes_uniquely(model.graph)
+    _name_values_uniquely(model.graph)
     return model
 
 
@@ -338,6 +339,22 @@ def _name_nodes_uniquely(graph: ir.Graph) -> None:
             node.name = f"{node.name}__{number}"
             taken.add(node.name)
         seen.add(node.name)
+
+
+def _name_values_uniquely(graph: ir.Graph) -> None:
+    """Branches of one If may use one name for different tensors; here a name is one tensor."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in graph for value in node.outputs}
+    for body in graph.subgraphs():
+        values = [*body.inputs, *body.initializers.values()]
+        values += [value for node in body for value in node.outputs]
+        for value in values:
+            if value.name and value.name in taken:
+                number = 2
+                while f"{value.name}__{number}" in taken:
+                    number += 1
+                value.name = f"{value.name}__{number}"
+            taken.add(value.name)
 
 
 def node_label(node: ir.Node) -> str:

@@ -160,20 +160,9 @@ class _Skeleton:
         self._known: dict[str, Array] = {}
         self._constants: dict[str, onnx.TypeProto] = {}
         proto = onnx.GraphProto(name="skeleton")
-        for value in graph.initializers.values():
-            self._add_constant(str(value.name), value.const_value)
-        self._nodes: list[tuple[ir.Node, onnx.NodeProto]] = []
-        for node in graph:
-            if node.op_type == "Constant" and node.domain == "":
-                tensor = constant_tensor(node)
-                if tensor is not None:
-                    self._add_constant(str(node.outputs[0].name), tensor)
-                    continue
-            if self._fold(node):
-                continue
-            serialised = _serialise_node(node)
-            self._nodes.append((node, serialised))
-            proto.node.append(serialised)
+        self._bodies: dict[ir.Graph, list[tuple[ir.Node, onnx.NodeProto]]] = {}
+        self._nodes = self._read(graph)
+        proto.node.extend(serialised for _, serialised in self._nodes)
         for name, array in self._known.items():
             if array.dtype.kind in "iub":  # what data propagation can use
                 proto.initializer.append(onnx.numpy_helper.from_array(array, name))
@@ -190,6 +179,24 @@ class _Skeleton:
             ir_version=max(model.ir_version, 4), graph=proto, opset_import=self._imports
         )
         self._input_types = {str(value.name): int(value.dtype or 1) for value in real_inputs(graph)}
+
+    def _read(self, graph: ir.Graph) -> list[tuple[ir.Node, onnx.NodeProto]]:
+        """The nodes of a graph that are not constants, and of its subgraphs on the way."""
+        for name, value in graph.initializers.items():
+            self._add_constant(str(name), value.const_value)
+        nodes = []
+        for node in graph:
+            if node.op_type == "Constant" and node.domain == "":
+                tensor = constant_tensor(node)
+                if tensor is not None:
+                    self._add_constant(str(node.outputs[0].name), tensor)
+                    continue
+            if self._fold(node):
+                continue
+            for body in bodies(node).values():
+                self._bodies[body] = self._read(body)
+            nodes.append((node, _serialise_node(node)))
+        return nodes
 
     def _add_constant(self, name: str, tensor: ir.TensorProtocol | None) -> None:
         if tensor is None:
@@ -266,6 +273,8 @@ class _Skeleton:
                 values[name] = array
                 shapes[name] = array.shape
             return
+        for body in bodies(node).values():
+            self._visit_body(node, body, types, shapes, values, strict)
         if strict and node.op_type == "Gather":
             _check_indices(node, shapes, values)
         if strict and node.op_type in _BROADCASTING:
@@ -277,6 +286,44 @@ class _Skeleton:
         if self._infer_contrib(node, types, shapes):
             return
         self._infer_node(node, serialised, types, shapes, values, strict)
+
+    def _visit_body(
+        self,
+        node: ir.Node,
+        body: ir.Graph,
+        types: dict[str, onnx.TypeProto],
+        shapes: dict[str, Shape | None],
+        values: dict[str, Array],
+        strict: bool,
+    ) -> None:
+        """Shapes inside a branch or a loop's body, and from there the node's own outputs.
+
+        A loop's body is walked with the shapes of the first turn; what it carries to the next
+        turn with another shape has none that holds.
+        """
+        for inner, outer, scan in body_inputs(node, body):
+            known = None if outer is None else types.get(outer.name or "")
+            shape = None if outer is None else shapes.get(outer.name or "")
+            if known is None or shape is None or not inner.name:
+                continue
+            shape = shape[1:] if scan else shape
+            shapes[inner.name] = shape
+            elements = known.tensor_type.elem_type
+            types[inner.name] = onnx.helper.make_tensor_type_proto(elements, shape)
+        for inner_node, serialised in self._bodies[body]:
+            self._visit(inner_node, serialised, types, shapes, values, strict)
+        for result, inner, scan in body_outputs(node, body):
+            shape = shapes.get(inner.name or "")
+            if shape is None or not result.name:
+                continue
+            found = (None, *shape) if scan else shape
+            before = shapes.get(result.name)
+            if before is not None and len(before) == len(found):
+                found = tuple(a if a == b else None for a, b in zip(before, found, strict=True))
+            shapes[result.name] = found
+            if inner.name in types:
+                elements = types[inner.name].tensor_type.elem_type
+                types[result.name] = onnx.helper.make_tensor_type_proto(elements, found)
 
     def _infer_contrib(
         self,
@@ -395,6 +442,57 @@ def _serialise_node(node: ir.Node) -> onnx.NodeProto:
             f"node {str(node_label(node))!r} is damaged: {error.__cause__ or error}",
             nodes=(str(node_label(node)),),
         ) from None
+
+
+def bodies(node: ir.Node) -> dict[str, ir.Graph]:
+    """The subgraphs of If, Loop and Scan by attribute; empty for any other node."""
+    if node.op_type not in ("If", "Loop", "Scan") or node.domain not in ("", "ai.onnx"):
+        return {}
+    found = {}
+    for name, attribute in node.attributes.items():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found[name] = attribute.as_graph()
+    return found
+
+
+def body_inputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value | None, bool]]:
+    """(body input, what feeds it from outside, whether slice by slice) of a subgraph.
+
+    Loop: iteration and condition (fed by none of the node's inputs), then what is carried.
+    Scan: carried states, then scanned inputs, each a slice along axis 0. If has no inputs.
+    """
+    if node.op_type == "Loop":
+        outer = [None, None, *node.inputs[2:]]
+        return [(inner, o, False) for inner, o in zip(body.inputs, outer, strict=False)]
+    if node.op_type == "Scan":
+        scanned = _scanned(node)
+        states = len(body.inputs) - scanned
+        return [
+            (inner, o, index >= states)
+            for index, (inner, o) in enumerate(zip(body.inputs, node.inputs, strict=False))
+        ]
+    return []
+
+
+def body_outputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value, bool]]:
+    """(node output, body output, whether gathered turn by turn along a new axis 0)."""
+    if node.op_type == "If":
+        return [(o, inner, False) for o, inner in zip(node.outputs, body.outputs, strict=False)]
+    if node.op_type == "Loop":
+        carried = len(node.inputs) - 2
+        inners = list(body.outputs)[1:]
+    else:
+        carried = len(body.inputs) - _scanned(node)
+        inners = list(body.outputs)
+    return [
+        (output, inner, index >= carried)
+        for index, (output, inner) in enumerate(zip(node.outputs, inners, strict=False))
+    ]
+
+
+def _scanned(node: ir.Node) -> int:
+    attribute = node.attributes.get("num_scan_inputs")
+    return 0 if attribute is None else int(attribute.value)
 
 
 def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:

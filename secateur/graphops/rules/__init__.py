@@ -13,12 +13,14 @@
 | attention | fused attention, rotary embedding |
 | fused | what ONNX Runtime's optimizers emit |
 | quantised | QLinear operators and the like |
+| control | If, Loop, Scan and their bodies |
 | source | Constant, ConstantOfShape, Shape arithmetic |
 """
 
 from secateur.graphops.rules import (  # noqa: F401  importing registers
     attention,
     contraction,
+    control,
     elementwise,
     fused,
     indexing,

@@ -32,7 +32,7 @@ def cut(
     """
     result = model.clone()
     surgeon = Surgeon(result, coupling, keep)
-    for node in list(result.graph):
+    for node in list(result.graph.all_nodes()):
         rule = rules.find(node.domain, node.op_type, surgeon.opset(node))
         if rule is not None and rule.rewrite is not None:
             rule.rewrite(surgeon, node)
@@ -50,12 +50,13 @@ def cut(
 
 def _slice_constants(graph: ir.Graph, surgeon: Surgeon) -> Kept:
     kept: Kept = {}
-    for name, value in graph.initializers.items():
-        tensor, axes = _sliced(surgeon, value, value.const_value)
-        if tensor is not None:
-            value.const_value = tensor
-        kept[str(name)] = axes
-    for node in graph:
+    for owner in (graph, *graph.subgraphs()):
+        for name, value in owner.initializers.items():
+            tensor, axes = _sliced(surgeon, value, value.const_value)
+            if tensor is not None:
+                value.const_value = tensor
+            kept[str(name)] = axes
+    for node in graph.all_nodes():
         if node.op_type == "Constant" and node.domain == "":
             output = node.outputs[0]
             tensor, axes = _sliced(surgeon, output, constant_tensor(node))
@@ -84,8 +85,9 @@ def _sliced(
 
 def _resize_values(graph: ir.Graph, surgeon: Surgeon) -> None:
     """Brings the recorded shapes along: ONNX Runtime warns where they disagree."""
-    values = [*graph.inputs, *graph.initializers.values()]
-    values += [output for node in graph for output in node.outputs]
+    values = [output for node in graph.all_nodes() for output in node.outputs]
+    for owner in (graph, *graph.subgraphs()):
+        values += [*owner.inputs, *owner.initializers.values()]
     for value in values:
         sizes = surgeon.changed_sizes(value)
         if sizes and value.shape is not None:

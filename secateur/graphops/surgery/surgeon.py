@@ -263,5 +263,6 @@ class Surgeon:
     def _insert(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
         node = ir.Node("", op_type, inputs, name=name)
         node.outputs[0].name = name
-        self._graph.insert_before(before, node)
+        owner = before.graph or self._graph  # the node may stand in a subgraph
+        owner.insert_before(before, node)
         return node.outputs[0]

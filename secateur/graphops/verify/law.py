@@ -85,7 +85,7 @@ def _reference(
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """The original with zeros (or, at exceptions, without the positions) where units went."""
     clone = model.clone()
-    nodes = {node.outputs[0].name: node for node in clone.graph if node.outputs}
+    nodes = {node.outputs[0].name: node for node in clone.graph.all_nodes() if node.outputs}
     builder = _Builder(clone.graph, clone.opset_imports.get("", 1), _types(model))
     exceptions: list[str] = []
     seen: set[tuple[str, int, int]] = set()
@@ -194,7 +194,7 @@ class _Builder:
             zero = np.zeros((), dtype.numpy())
             nothing = zero_point or self._constant(zero)
             where = self._node("Where", [self._constant(lined), value, nothing])
-        self._graph.insert_before(node, where)
+        (node.graph or self._graph).insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 
     def without(self, node: ir.Node, axis: int, rank: int, mask: npt.NDArray[np.bool_]) -> None:
@@ -203,7 +203,7 @@ class _Builder:
         assert value is not None
         stay = np.flatnonzero(mask).astype(np.int64)
         before = self._node("Gather", [value, self._constant(stay)], axis=axis)
-        self._graph.insert_before(node, before)
+        (node.graph or self._graph).insert_before(node, before)
         node.replace_input_with(0, before.outputs[0])
         if node.op_type.startswith("Reduce"):
             return
@@ -214,10 +214,14 @@ class _Builder:
                 own = axis - (rank - array.ndim)
                 if own >= 0 and array.shape[own] == mask.size:
                     node.replace_input_with(index, self._constant(np.take(array, stay, axis=own)))
+            elif parameter is not None:  # the other summand of a SkipLayerNormalization
+                other = self._node("Gather", [parameter, self._constant(stay)], axis=axis)
+                (node.graph or self._graph).insert_before(node, other)
+                node.replace_input_with(index, other.outputs[0])
         # Positions that went get any value: every consumer has a zero for them.
         spread = np.maximum(np.cumsum(mask) - 1, 0).astype(np.int64)
         output = node.outputs[0]
         after = self._node("Gather", [output, self._constant(spread)], axis=axis)
         output.replace_all_uses_with(after.outputs[0])
         after.replace_input_with(0, output)
-        self._graph.insert_after(node, after)
+        (node.graph or self._graph).insert_after(node, after)

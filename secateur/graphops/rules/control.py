@@ -1,0 +1,69 @@
+"""If, Loop and Scan: labels pass through the bodies as through any nodes.
+
+Both branches of an If give the same outputs in turn, and what a loop carries comes back to where
+it came from: those tensors are one, so their labels meet. Values that a body reads from outside
+are the outer tensors themselves and need nothing.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.labels import BARE, Block, Blocks
+from secateur.graphops.model.shapes import bodies, body_inputs, body_outputs
+from secateur.graphops.rules.registry import register
+
+
+def couple_if(flow: Flow, node: ir.Node) -> None:
+    """Outputs of the two branches are one."""
+    branches = list(bodies(node).values())
+    for branch in branches:
+        for inner in branch:
+            flow.visit(inner)
+    for index, output in enumerate(node.outputs):
+        first, *others = [branch.outputs[index] for branch in branches]
+        blocks = flow.blocks(first)
+        for other in others:
+            blocks = flow.unite(node, first, other)
+        flow.set(output, blocks)
+
+
+def couple_loop(flow: Flow, node: ir.Node) -> None:
+    """What is carried enters the body, leaves it, and is one tensor in every turn."""
+    (body,) = bodies(node).values()
+    fed = body_inputs(node, body)
+    for inner, outer, scanned in fed:
+        blocks = BARE if outer is None else flow.blocks(outer)
+        flow.set(inner, _slice(flow, node, outer, blocks) if scanned else blocks)
+    for inner_node in body:
+        flow.visit(inner_node)
+    carried = [inner for inner, outer, scanned in fed if outer is not None and not scanned]
+    for index, (output, inner, gathered) in enumerate(body_outputs(node, body)):
+        if gathered:
+            stacked = (Block(tuple(a + 1 for a in b.axes), b.labels) for b in flow.blocks(inner))
+            flow.set(output, tuple(stacked))
+        else:
+            flow.set(output, flow.unite(node, carried[index], inner))
+
+
+def _slice(flow: Flow, node: ir.Node, outer: ir.Value | None, blocks: Blocks) -> Blocks:
+    """One turn's slice along axis 0, which must stay whole."""
+    if outer is None:
+        return blocks
+    flow.freeze_axis(outer, 0, node, "SEQUENCE", "is scanned")
+    return tuple(Block(tuple(a - 1 for a in b.axes), b.labels) for b in flow.blocks(outer))
+
+
+def couple_scan(flow: Flow, node: ir.Node) -> None:
+    """As Loop, with inputs taken slice by slice; other axes than the first are not supported."""
+    for name in ("scan_input_axes", "scan_output_axes"):
+        attribute = node.attributes.get(name)
+        if attribute is not None and any(attribute.as_ints()):
+            raise ValueError(f"{name} other than 0")
+    couple_loop(flow, node)
+
+
+register("If", "control", couple_if)
+register("Loop", "control", couple_loop)
+register("Scan", "control", couple_scan, since=9)
