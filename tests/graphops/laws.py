@@ -162,7 +162,8 @@ def check_operator(
     outputs = [analysis.kept(keep, value.name) for value in node.outputs]
     whole, parts = _operands(analysis, pruned, node, rewritten, keep)
     for index, axis, indices in contracted:
-        whole[index] = _zeroed(whole[index], axis, indices)
+        zero = whole[2] if index == 0 and node.op_type in _ZERO_POINT_AT_2 else 0
+        whole[index] = _zeroed(whole[index], axis, indices, zero)
     original = _run(source, ir.serde.serialize_node(node), whole)
     wanted = [sliced(array, kept) for array, kept in zip(original, outputs, strict=True)]
     found = _run(source, rewritten, parts)
@@ -176,9 +177,13 @@ def check_operator(
     )
 
 
-def _zeroed(array: Array, axis: int, kept: npt.NDArray[np.intp]) -> Array:
+# Input 2 is the integer that stands for zero in input 0.
+_ZERO_POINT_AT_2 = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
+
+
+def _zeroed(array: Array, axis: int, kept: npt.NDArray[np.intp], zero: Any) -> Array:
     array = array.copy()
-    np.moveaxis(array, axis, 0)[np.setdiff1d(np.arange(array.shape[axis]), kept)] = 0
+    np.moveaxis(array, axis, 0)[np.setdiff1d(np.arange(array.shape[axis]), kept)] = zero
     return array
 
 

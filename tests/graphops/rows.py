@@ -11,7 +11,7 @@ without a row, and on a row without a rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -1438,6 +1438,227 @@ for _op in _GATES:
     )
 rows("GRU", {"linear before reset": _recurrent("GRU", states=True, linear_before_reset=1)})
 
+# -- what ONNX Runtime's optimizers emit -------------------------------------------------------
+
+MS = "com.microsoft"
+
+rows("Gelu", {"contrib": on_image("Gelu", domain=MS)}, domain=MS)
+rows("QuickGelu", {"": on_image("QuickGelu", domain=MS)}, domain=MS)
+rows("FastGelu", {"bias": on_sequence("FastGelu", vector(C), domain=MS)}, domain=MS)
+rows("BiasGelu", {"": on_sequence("BiasGelu", vector(C), domain=MS)}, domain=MS)
+rows("BiasAdd", {"": on_sequence("BiasAdd", vector(C), sequence, domain=MS)}, domain=MS)
+for _op, _more in (("SkipLayerNormalization", 2), ("SkipSimplifiedLayerNormalization", 1)):
+    rows(
+        _op,
+        {"": on_sequence(_op, sequence, *[vector(C, low=0.5)] * _more, domain=MS)},
+        domain=MS,
+        exact=False,
+    )
+rows(
+    "FusedMatMul",
+    {
+        "transB": on_sequence(
+            "FusedMatMul", vector(12, C), after=12, domain=MS, transB=1, alpha=0.5
+        ),
+        "plain": on_sequence("FusedMatMul", vector(C, 12), after=12, domain=MS),
+    },
+    domain=MS,
+)
+
+
+@row("FusedGemm", domain=MS)
+def _(net: Net) -> str:
+    x = net.op("Gemm", net.input("x", [2, 4]), net.floats(4, C), net.floats(C))
+    operands = (x, net.floats(12, C), net.floats(12))
+    y = net.op("FusedGemm", *operands, transB=1, activation="Relu", domain=MS, name=SUBJECT)
+    return net.op("Gemm", y, net.floats(12, 3), net.floats(3))
+
+
+@row("FusedConv", domain=MS)
+def _(net: Net) -> str:
+    operands = (image(net), net.floats(12, C, 1, 1), net.floats(12))
+    y = net.op("FusedConv", *operands, activation="Relu", domain=MS, name=SUBJECT)
+    return image_end(net, y, 12)
+
+
+def _projections(net: Net, *heads: int, size: int = 8) -> list[str]:
+    x = net.input("x", [2, T, 4])
+    return [net.dense(x, 4, count * size) for count in heads]
+
+
+@row("MultiHeadAttention", domain=MS)
+def _(net: Net) -> str:
+    parts = _projections(net, 4, 4, 4)
+    y = net.op("MultiHeadAttention", *parts, num_heads=4, domain=MS, name=SUBJECT)
+    return net.dense(y, 32, 3)
+
+
+@row("Attention", "packed", domain=MS)
+def _(net: Net) -> str:
+    operands = (sequence(net), net.floats(C, 96), net.floats(96))
+    return net.dense(net.op("Attention", *operands, num_heads=4, domain=MS, name=SUBJECT), 32, 3)
+
+
+@row("GroupQueryAttention", domain=MS)
+def _(net: Net) -> str:
+    lengths, total = net.const(np.full(2, T - 1, np.int32)), net.const(np.array(T, np.int32))
+    operands = [*_projections(net, 4, 2, 2), "", "", lengths, total]
+    options = {"num_heads": 4, "kv_num_heads": 2, "domain": MS}
+    y, *_ = net.ops("GroupQueryAttention", *operands, outputs=3, name=SUBJECT, **options)
+    return net.dense(y, 32, 3)
+
+
+@row("Attention", "grouped queries", opset=23)
+def _(net: Net) -> str:
+    options = {"q_num_heads": 4, "kv_num_heads": 2}
+    y = net.op("Attention", *_projections(net, 4, 2, 2), name=SUBJECT, **options)
+    return net.dense(y, 32, 3)
+
+
+def _rotary(domain: str) -> Build:
+    def build(net: Net) -> str:
+        (x,) = _projections(net, 4)
+        angles = net.draw.random((T, 4))
+        places = net.const(np.tile(np.arange(T), (2, 1)))
+        waves = [net.const(f(angles).astype(np.float32)) for f in (np.cos, np.sin)]
+        operands = [x, places, *waves] if domain else [x, *waves, places]
+        y = net.op("RotaryEmbedding", *operands, num_heads=4, domain=domain, name=SUBJECT)
+        return net.dense(y, 32, 3)
+
+    return build
+
+
+rows("RotaryEmbedding", {"": _rotary("")}, opset=23)
+rows("RotaryEmbedding", {"contrib": _rotary(MS)}, domain=MS)
+
+
+@row("EmbedLayerNormalization", domain=MS, exact=False)
+def _(net: Net) -> str:
+    ids = [net.op("Cast", net.input(n, [2, T], INT64), to=TensorProto.INT32) for n in "ts"]
+    tables = [net.floats(rows, C) for rows in (11, T, 2)]
+    operands = [*ids, *tables, net.floats(C, low=0.5), net.floats(C)]
+    y, _ = net.ops("EmbedLayerNormalization", *operands, outputs=2, domain=MS, name=SUBJECT)
+    return sequence_end(net, y)
+
+
+# -- quantised ---------------------------------------------------------------------------------
+
+
+def _bytes(net: Net, *shape: int) -> str:
+    return net.const(net.draw.integers(-60, 60, shape).astype(np.int8))
+
+
+def _step(net: Net, size: float = 0.05) -> list[str]:
+    """A scale and a zero point."""
+    return [net.const(np.float32(size)), net.const(np.uint8(128))]
+
+
+def _steps(net: Net, count: int) -> list[str]:
+    """Scales and zero points of a weight's channels."""
+    scales = (0.01 + 0.001 * np.arange(count)).astype(np.float32)
+    return [net.const(scales), net.const(np.zeros(count, np.int8))]
+
+
+def _quantised(net: Net, x: str) -> list[str]:
+    step = _step(net)
+    return [net.op("QuantizeLinear", x, *step), *step]
+
+
+@row("QLinearConv")
+def _(net: Net) -> str:
+    x, out = _quantised(net, image(net)), _step(net)
+    y = net.op("QLinearConv", *x, _bytes(net, 12, C, 1, 1), *_steps(net, 12), *out, name=SUBJECT)
+    return image_end(net, net.op("DequantizeLinear", y, *out), 12)
+
+
+@row("ConvInteger")
+def _(net: Net) -> str:
+    x, _, zero = _quantised(net, image(net))
+    y = net.op("ConvInteger", x, _bytes(net, 12, C, 1, 1), zero, name=SUBJECT)
+    y = net.op("Mul", net.op("Cast", y, to=TensorProto.FLOAT), net.const(np.float32(1e-3)))
+    return image_end(net, y, 12)
+
+
+@row("QLinearMatMul")
+def _(net: Net) -> str:
+    x, out = _quantised(net, sequence(net)), _step(net)
+    step = [net.const(np.float32(0.01)), net.const(np.int8(0))]
+    y = net.op("QLinearMatMul", *x, _bytes(net, C, 12), *step, *out, name=SUBJECT)
+    return sequence_end(net, net.op("DequantizeLinear", y, *out), 12)
+
+
+@row("MatMulInteger")
+def _(net: Net) -> str:
+    x, _, zero = _quantised(net, sequence(net))
+    y = net.op("MatMulInteger", x, _bytes(net, C, 12), zero, name=SUBJECT)
+    y = net.op("Mul", net.op("Cast", y, to=TensorProto.FLOAT), net.const(np.float32(1e-3)))
+    return sequence_end(net, y, 12)
+
+
+for _op in ("QLinearAdd", "QLinearMul"):
+
+    @row(_op, domain=MS)
+    def _(net: Net, op: str = _op) -> str:
+        a, b, out = _quantised(net, image(net)), _quantised(net, image(net)), _step(net)
+        y = net.op(op, *a, *b, *out, domain=MS, name=SUBJECT)
+        return image_end(net, net.op("DequantizeLinear", y, *out))
+
+
+for _op in ("QLinearLeakyRelu", "QLinearSigmoid", "QLinearAveragePool", "QLinearGlobalAveragePool"):
+
+    @row(_op, domain=MS)
+    def _(net: Net, op: str = _op) -> str:
+        x, out = _quantised(net, image(net)), _step(net)
+        options = {"kernel_shape": [2, 2]} if op == "QLinearAveragePool" else {}
+        y = net.op(op, *x, *out, domain=MS, name=SUBJECT, **options)
+        return image_end(net, net.op("DequantizeLinear", y, *out))
+
+
+@row("QGemm", domain=MS)
+def _(net: Net) -> str:
+    x = _quantised(net, net.dense(net.input("x", [2, 4]), 4, C))
+    step = [net.const(np.float32(0.01)), net.const(np.int8(0))]
+    y = net.op("QGemm", *x, _bytes(net, C, 12), *step, domain=MS, name=SUBJECT)
+    return net.dense(net.op("Relu", y), 12, 3)
+
+
+@row("MatMulIntegerToFloat", domain=MS)
+def _(net: Net) -> str:
+    x, scale, zero = _quantised(net, sequence(net))
+    weight = (_bytes(net, C, 12), scale, net.const(np.float32(0.01)), zero)
+    return sequence_end(
+        net, net.op("MatMulIntegerToFloat", x, *weight, domain=MS, name=SUBJECT), 12
+    )
+
+
+@row("DynamicQuantizeLinear", exact=False)
+def _(net: Net) -> str:
+    parts = net.ops("DynamicQuantizeLinear", image(net), outputs=3, name=SUBJECT)
+    return image_end(net, net.op("DequantizeLinear", *parts))
+
+
+@row("DynamicQuantizeMatMul", domain=MS)
+def _(net: Net) -> str:
+    operands = (sequence(net), _bytes(net, C, 12), *_steps(net, 12))
+    return sequence_end(
+        net, net.op("DynamicQuantizeMatMul", *operands, domain=MS, name=SUBJECT), 12
+    )
+
+
+@row("GatherND")
+def _(net: Net) -> str:
+    places = net.const(np.array([[0, 1], [1, 4], [0, 0]]))
+    y = net.op("GatherND", sequence(net), places, name=SUBJECT)  # (3, 8)
+    return net.dense(net.op("Relu", y), C, 3)
+
+
+@row("ScatterND")
+def _(net: Net) -> str:
+    places = net.const(np.array([[0, 1], [1, 4], [0, 0]]))
+    updates = net.dense(net.input("u", [3, 4]), 4, C)
+    return sequence_end(net, net.op("ScatterND", sequence(net), places, updates, name=SUBJECT))
+
+
 # -- sources -----------------------------------------------------------------------------------
 
 
@@ -1506,6 +1727,13 @@ def _(net: Net) -> str:
     return image_end(net, net.op("Add", image(net), eye))
 
 
-def all_rows() -> Iterator[Row]:
-    """Every row, in the order of this file."""
-    yield from ROWS
+# Rows that a known defect fails, by their id; a fix makes the suite ask for its line to go.
+DEFECTS = {
+    "GroupQueryAttention": "its present keys and values lose heads and carry no labels for it",
+    "QLinearAveragePool": "the shape of what it gives is not known",
+    "EmbedLayerNormalization": "the law's reference cannot leave positions out of its tables",
+    "BiasAdd": "ONNX Runtime has no CPU kernel, so nothing can be verified",
+}
+
+# Rules that have no row yet.
+PENDING = {("", "If"), ("", "Loop"), ("", "Scan")}

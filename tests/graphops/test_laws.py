@@ -11,13 +11,21 @@ import onnx
 import pytest
 from laws import FLOAT32, Analysis, check_operator, prune
 from nets import Net
-from rows import ROWS, SUBJECT, Row
+from rows import DEFECTS, PENDING, ROWS, SUBJECT, Row
 
 import secateur
 from secateur.graphops import rules
 from secateur.graphops.verify.law import check_law
 
-RUNNABLE = [row for row in ROWS if row.freezes is None]
+RUNNABLE = [
+    pytest.param(
+        row,
+        id=row.id,
+        marks=[pytest.mark.xfail(reason=DEFECTS[row.id], strict=True)] if row.id in DEFECTS else [],
+    )
+    for row in ROWS
+    if row.freezes is None
+]
 FREEZING = [row for row in ROWS if row.freezes is not None]
 
 
@@ -38,7 +46,8 @@ def test_every_rule_has_a_row_in_its_opset_range() -> None:
     missing = [
         f"{rule.domain or 'ai.onnx'}::{rule.op_type} (opsets {rule.since}..{rule.until})"
         for rule in rules.all_rules()
-        if not any(
+        if (rule.domain, rule.op_type) not in PENDING
+        and not any(
             row.op == rule.op_type
             and row.domain == rule.domain
             and rule.since <= _version(row) <= rule.until
@@ -53,6 +62,10 @@ def test_every_row_has_a_rule() -> None:
     assert not unknown
 
 
+def test_pending_rules_have_no_row() -> None:
+    assert not PENDING & {(row.domain, row.op) for row in ROWS}
+
+
 def test_rows_have_names_of_their_own() -> None:
     assert [name for name, count in Counter(row.id for row in ROWS).items() if count > 1] == []
 
@@ -61,7 +74,7 @@ def _version(row: Row) -> int:
     return 1 if row.domain else row.opset
 
 
-@pytest.mark.parametrize("row", RUNNABLE, ids=by_id)
+@pytest.mark.parametrize("row", RUNNABLE)
 def test_law(row: Row) -> None:
     model = model_of(row)
     source = model.SerializeToString()
