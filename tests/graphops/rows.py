@@ -35,6 +35,7 @@ class Row:
         freezes: the reason code expected where the operator must not be cut.
         exact: false where it is a named exception of the law on the axis that is cut.
         carries: false where its result says something about sizes, not about channels.
+        alone: false where it reads more than its inputs (If), and cannot be run by itself.
         domain: of the operator.
     """
 
@@ -45,6 +46,7 @@ class Row:
     freezes: str | None = None
     exact: bool = True
     carries: bool = True
+    alone: bool = True
     domain: str = ""
 
     @property
@@ -1446,7 +1448,6 @@ rows("Gelu", {"contrib": on_image("Gelu", domain=MS)}, domain=MS)
 rows("QuickGelu", {"": on_image("QuickGelu", domain=MS)}, domain=MS)
 rows("FastGelu", {"bias": on_sequence("FastGelu", vector(C), domain=MS)}, domain=MS)
 rows("BiasGelu", {"": on_sequence("BiasGelu", vector(C), domain=MS)}, domain=MS)
-rows("BiasAdd", {"": on_sequence("BiasAdd", vector(C), sequence, domain=MS)}, domain=MS)
 for _op, _more in (("SkipLayerNormalization", 2), ("SkipSimplifiedLayerNormalization", 1)):
     rows(
         _op,
@@ -1727,13 +1728,215 @@ def _(net: Net) -> str:
     return image_end(net, net.op("Add", image(net), eye))
 
 
-# Rows that a known defect fails, by their id; a fix makes the suite ask for its line to go.
-DEFECTS = {
-    "GroupQueryAttention": "its present keys and values lose heads and carry no labels for it",
-    "QLinearAveragePool": "the shape of what it gives is not known",
-    "EmbedLayerNormalization": "the law's reference cannot leave positions out of its tables",
-    "BiasAdd": "ONNX Runtime has no CPU kernel, so nothing can be verified",
-}
+# -- control flow ------------------------------------------------------------------------------
 
-# Rules that have no row yet.
-PENDING = {("", "If"), ("", "Loop"), ("", "Scan")}
+
+def _body(name: str, nodes: list[Any], inputs: list[Any], outputs: list[str]) -> Any:
+    values = [helper.make_tensor_value_info(output, TensorProto.FLOAT, None) for output in outputs]
+    return helper.make_graph(nodes, name, inputs, values)
+
+
+@row("If", alone=False)
+def _(net: Net) -> str:
+    x = image(net)
+    branches = {
+        f"{name}_branch": _body(name, [helper.make_node(op, [x], ["y"])], [], ["y"])
+        for name, op in (("then", "Relu"), ("else", "Neg"))
+    }
+    return image_end(net, net.op("If", net.input("flag", [], BOOL), **branches, name=SUBJECT))
+
+
+@row("Loop")
+def _(net: Net) -> str:
+    x = image(net)
+    going = helper.make_tensor_value_info("going", TensorProto.BOOL, [])
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, None)
+    trip = helper.make_tensor_value_info("trip", TensorProto.INT64, [])
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["still"]),
+            helper.make_node("Neg", ["state"], ["next"]),
+        ],
+        "body",
+        [trip, going, state],
+        [
+            helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    times, start = net.const(np.array(3)), net.const(np.array(True))
+    return image_end(net, net.op("Loop", times, start, x, body=body, name=SUBJECT))
+
+
+@row("Scan")
+def _(net: Net) -> str:
+    x = net.op("Transpose", sequence(net), perm=[1, 0, 2])
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, None)
+    step = helper.make_tensor_value_info("step", TensorProto.FLOAT, None)
+    nodes = [
+        helper.make_node("Add", ["state", "step"], ["next"]),
+        helper.make_node("Identity", ["next"], ["turn"]),
+    ]
+    body = _body("body", nodes, [state, step], ["next", "turn"])
+    first = net.op("Squeeze", net.op("Slice", x, net.ints(0), net.ints(1)), net.ints(0))
+    y = net.ops("Scan", first, x, body=body, num_scan_inputs=1, outputs=2, name=SUBJECT)
+    return sequence_end(net, net.op("Transpose", y[1], perm=[1, 0, 2]))
+
+
+# -- positions along some axes, channels along others ------------------------------------------
+
+
+def _number(value: int) -> Callable[[Net], str]:
+    return lambda net: net.const(np.int64(value))
+
+
+rows("Trilu", {"space": on_image("Trilu"), "lower": on_image("Trilu", _number(1), upper=0)})
+rows("Trilu", {"channels": on_sequence("Trilu")}, freezes="ORDERED")
+rows("CumProd", {"space": on_image("CumProd", _number(2))}, opset=26)
+rows("CumProd", {"channels": on_image("CumProd", _number(1))}, opset=26, freezes="ORDERED")
+rows(
+    "ReverseSequence",
+    {"time": on_sequence("ReverseSequence", ints(3, 5), batch_axis=0, time_axis=1)},
+)
+rows(
+    "ReverseSequence",
+    {"channels": on_image("ReverseSequence", ints(3, 8), batch_axis=0, time_axis=1)},
+    freezes="ORDERED",
+)
+
+
+def _masked(axis: int, length: int) -> Build:
+    mask = np.arange(length) % 3 != 1
+    return on_image("Compress", lambda net: net.const(mask), axis=axis)
+
+
+rows("Compress", {"space": _masked(-1, H)})
+
+
+@row("Compress", "channels", freezes="ORDERED")
+def _(net: Net) -> str:
+    mask = net.const(np.arange(C) % 2 == 0)
+    return image_end(net, net.op("Compress", image(net), mask, axis=1, name=SUBJECT), C // 2)
+
+
+@row("BitCast", opset=26)
+def _(net: Net) -> str:
+    y = net.op("BitCast", image(net), to=TensorProto.INT32, name=SUBJECT)
+    return image_end(net, net.op("BitCast", y, to=TensorProto.FLOAT))
+
+
+@row("OneHot")
+def _(net: Net) -> str:
+    classes = net.op("Clip", net.op("Round", image(net)), scalar(0)(net), scalar(3)(net))
+    y = net.op("OneHot", classes, _number(4)(net), net.floats(2), axis=2, name=SUBJECT)
+    return image_end(net, net.op("ReduceSum", y, net.ints(2), keepdims=0))
+
+
+@row("GatherElements", "space")
+def _(net: Net) -> str:
+    places = net.const(net.draw.integers(0, H, (2, C, H, 3)))
+    return image_end(net, net.op("GatherElements", image(net), places, axis=3, name=SUBJECT))
+
+
+@row("GatherElements", "channels", freezes="BARE_AXIS")
+def _(net: Net) -> str:
+    places = net.const(net.draw.integers(0, C, (2, 4, H, H)))
+    return image_end(net, net.op("GatherElements", image(net), places, axis=1, name=SUBJECT), 4)
+
+
+@row("GatherElements", "indices from the input", freezes="BARE_AXIS")
+def _(net: Net) -> str:
+    places = net.input("places", [2, C, H, H], INT64)
+    return image_end(net, net.op("GatherElements", image(net), places, axis=3, name=SUBJECT))
+
+
+def _scatter(op: str, channels: int = C) -> Build:
+    def build(net: Net) -> str:
+        rows_of = np.stack([net.draw.permutation(H)[:3] for _ in range(2 * channels * H)])
+        places = net.const(rows_of.reshape(2, channels, H, 3))
+        updates = net.conv(net.input("u", [2, 4, H, 3]), 4, channels)
+        y = net.op(op, image(net), places, updates, axis=-1, name=SUBJECT)
+        return image_end(net, y)
+
+    return build
+
+
+rows("ScatterElements", {"space": _scatter("ScatterElements")}, opset=18)
+rows("ScatterElements", {"some channels": _scatter("ScatterElements", 5)}, freezes="BARE_AXIS")
+rows("Scatter", {"": _scatter("Scatter")}, opset=9)
+
+
+@row("TensorScatter", opset=24)
+def _(net: Net) -> str:
+    update = net.dense(net.input("u", [2, 2, 4]), 4, C)
+    y = net.op("TensorScatter", sequence(net), update, net.ints(0, 3), name=SUBJECT)
+    return sequence_end(net, y)
+
+
+@row("DFT", opset=17)
+def _(net: Net) -> str:
+    y = net.op("DFT", net.op("Unsqueeze", sequence(net), net.ints(3)), axis=1, name=SUBJECT)
+    real = net.op("Gather", y, _number(0)(net), axis=3)
+    return sequence_end(net, real)
+
+
+@row("DFT", "axis input", opset=20)
+def _(net: Net) -> str:
+    x = net.op("Unsqueeze", image(net), net.ints(4))
+    y = net.op("DFT", x, "", _number(-2)(net), name=SUBJECT)
+    return image_end(net, net.op("Gather", y, _number(1)(net), axis=4))
+
+
+@row("DFT", "channels", opset=17, freezes="ORDERED")
+def _(net: Net) -> str:
+    y = net.op("DFT", net.op("Unsqueeze", sequence(net), net.ints(3)), axis=2, name=SUBJECT)
+    return sequence_end(net, net.op("Gather", y, _number(0)(net), axis=3))
+
+
+@row("Col2Im", opset=18)
+def _(net: Net) -> str:
+    x = net.dense(net.input("x", [2, 9, 4]), 4, 4 * C)
+    blocks = net.op("Transpose", x, perm=[0, 2, 1])
+    y = net.op("Col2Im", blocks, net.ints(H, H), net.ints(2, 2), strides=[2, 2], name=SUBJECT)
+    return image_end(net, y)
+
+
+rows(
+    "CenterCropPad",
+    {
+        "axes": on_image("CenterCropPad", ints(4, 8), axes=[2, -1]),
+        "whole shape": on_image("CenterCropPad", ints(2, C, 4, 4)),
+    },
+    opset=18,
+)
+
+
+@row("MaxRoiPool")
+def _(net: Net) -> str:
+    regions = net.const(np.float32([[0, 0, 0, 4, 4], [1, 1, 1, 5, 5]]))
+    return image_end(
+        net, net.op("MaxRoiPool", image(net), regions, pooled_shape=[2, 2], name=SUBJECT)
+    )
+
+
+def _deformable(group: int) -> Build:
+    def build(net: Net) -> str:
+        x = net.conv(net.input("x", [2, 4, H, H]), 4, C)
+        weight, offset = net.floats(12, C // group, 3, 3), net.input("offset", [2, 18, 4, 4])
+        operands = [x, weight, offset, net.floats(12)]
+        return image_end(net, net.op("DeformConv", *operands, group=group, name=SUBJECT), 12)
+
+    return build
+
+
+rows("DeformConv", {"": _deformable(1)}, opset=19)
+rows("DeformConv", {"groups": _deformable(2)}, opset=19, freezes="UNSUPPORTED_FORM")
+
+
+@row("CausalConvWithState", opset=27)
+def _(net: Net) -> str:
+    x = net.op("Transpose", sequence(net), perm=[0, 2, 1])
+    operands = [x, net.floats(C, 1, 3), net.floats(C)]
+    y, state = net.ops("CausalConvWithState", *operands, outputs=2, name=SUBJECT)
+    last = net.op("ReduceSum", state, net.ints(2))
+    return image_end(net, net.op("Add", y, last), rank=3)

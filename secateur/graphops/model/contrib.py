@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import onnx
 import onnx_ir as ir
 
 Shape = tuple[int | None, ...]
@@ -19,6 +20,25 @@ def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
         return function(node, inputs)
     except (IndexError, ValueError, TypeError, AttributeError):
         return None
+
+
+# Operators of com.microsoft that have the shapes of a standard one on some of their inputs.
+_LIKE: dict[str, tuple[str, tuple[int, ...]]] = {
+    "FusedConv": ("Conv", (0, 1)),
+    "QLinearAveragePool": ("AveragePool", (0,)),
+}
+
+
+def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The standard node with the same shapes, None where there is none."""
+    if node.domain != "com.microsoft" or node.op_type not in _LIKE:
+        return None
+    op_type, inputs = _LIKE[node.op_type]
+    known = onnx.defs.get_schema(op_type).attributes
+    standard = onnx.NodeProto(op_type=op_type, output=node.output[:1])
+    standard.input.extend(node.input[index] for index in inputs if index < len(node.input))
+    standard.attribute.extend(item for item in node.attribute if item.name in known)
+    return standard
 
 
 def _int(node: ir.Node, name: str, default: int = 0) -> int:
@@ -84,21 +104,16 @@ def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
 
 
 _TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
-    **dict.fromkeys(
-        [
-            "GroupNormalization",
-            "SimplifiedLayerNormalization",
-            "BiasGelu",
-            "FastGelu",
-            "QuickGelu",
-            "Gelu",
-            "BiasAdd",
-            "RotaryEmbedding",
-            "QLinearSigmoid",
-            "QLinearLeakyRelu",
-        ],
-        _first,
-    ),
+    "GroupNormalization": _first,
+    "SimplifiedLayerNormalization": _first,
+    "MeanVarianceNormalization": _first,
+    "BiasGelu": _first,
+    "FastGelu": _first,
+    "QuickGelu": _first,
+    "Gelu": _first,
+    "RotaryEmbedding": _first,
+    "QLinearSigmoid": _first,
+    "QLinearLeakyRelu": _first,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "FusedMatMul": _matmul(0, 1),

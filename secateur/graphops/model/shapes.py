@@ -384,21 +384,30 @@ class _Skeleton:
         strict: bool,
     ) -> None:
         domain = "" if node.domain == "ai.onnx" else node.domain
-        if not onnx.defs.has(node.op_type, domain):
+        standard = contrib.as_standard(serialised)
+        if standard is not None:
+            serialised, domain = standard, ""
+        if not onnx.defs.has(serialised.op_type, domain):
             return
-        names = [value.name for value in node.inputs if value is not None and value.name]
+        names = [name for name in serialised.input if name]
         for name in names:
             if name not in types and name in values:
                 dtype = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
                 types[name] = onnx.helper.make_tensor_type_proto(dtype, values[name].shape)
         if any(name not in types for name in names):
             return
+        given = {name: types[name] for name in names}
+        if standard is not None:  # whose types the standard operator does not allow
+            given = {
+                name: onnx.helper.make_tensor_type_proto(1, _shape_of(t))
+                for name, t in given.items()
+            }
         try:
-            schema = onnx.defs.get_schema(node.op_type, self._opsets.get(domain, 1), domain)
+            schema = onnx.defs.get_schema(serialised.op_type, self._opsets.get(domain, 1), domain)
             inferred = onnx.shape_inference.infer_node_outputs(
                 schema,
                 serialised,
-                {name: types[name] for name in names},
+                given,
                 {
                     name: onnx.numpy_helper.from_array(values[name], name)
                     for name in names
@@ -414,6 +423,8 @@ class _Skeleton:
         except Exception:  # no schema, or the node is malformed: unknown is a valid answer
             return
         for name, type_proto in inferred.items():
+            if standard is not None:
+                type_proto.tensor_type.elem_type = types[names[0]].tensor_type.elem_type
             types[name] = type_proto
             shapes[name] = _shape_of(type_proto)
 

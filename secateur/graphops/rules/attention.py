@@ -87,7 +87,7 @@ def _couple(
         if cache is not None:
             flow.join(node, _line(flow, cache, 1), key_heads)
     for output in node.outputs[1:3]:
-        if output.name and rank(flow, output) == 4:
+        if output.name:  # present keys and values: (batch, key-value heads, sequence, head size)
             flow.set(output, single(1, key_heads))
     return query_heads, size
 

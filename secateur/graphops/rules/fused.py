@@ -86,8 +86,7 @@ def couple_embed_norm(flow: Flow, node: ir.Node) -> None:
         if labels is None:
             return contraction.freeze_all(flow, node, "BARE_AXIS", "a table cannot be cut")
         lines.append(labels)
-        # The law's zero does not reach across the normalisation inside.
-        flow.contract(node, index, 1 if index <= 4 else 0, exact=False)
+    flow.contract(node, 2, 1, exact=False)
     for other in lines[1:]:
         flow.join(node, lines[0], other)
     for output in (node.outputs[0], *node.outputs[2:3]):
@@ -95,7 +94,7 @@ def couple_embed_norm(flow: Flow, node: ir.Node) -> None:
     return None
 
 
-register("BiasGelu FastGelu BiasAdd", "broadcast", elementwise.couple_broadcast, domain=CONTRIB)
+register("BiasGelu FastGelu", "broadcast", elementwise.couple_broadcast, domain=CONTRIB)
 register("Gelu QuickGelu", "unary", elementwise.couple_unary, reads=(0,), domain=CONTRIB)
 register(
     "SkipLayerNormalization SkipSimplifiedLayerNormalization",

@@ -105,7 +105,7 @@ def _reference(
             builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
             exceptions.append(node.name or str(node.outputs[0].name))
-            builder.without(node, contraction.axis, rank, mask)
+            builder.without(node, contraction.index, contraction.axis, rank, mask)
     return clone, tuple(sorted(set(exceptions)))
 
 
@@ -197,18 +197,29 @@ class _Builder:
         (node.graph or self._graph).insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 
-    def without(self, node: ir.Node, axis: int, rank: int, mask: npt.NDArray[np.bool_]) -> None:
-        """Gather what stays before the node and its parameters, spread the result after it."""
-        value = node.inputs[0]
+    def without(
+        self, node: ir.Node, first: int, axis: int, rank: int, mask: npt.NDArray[np.bool_]
+    ) -> None:
+        """Gather what stays before the node and its parameters, spread the result after it.
+
+        Args:
+            node: that normalises.
+            first: the input that is normalised; tables follow the indices of an embedding.
+            axis: of that input.
+            rank: of that input.
+            mask: what stays along the axis.
+        """
+        value = node.inputs[first]
         assert value is not None
         stay = np.flatnonzero(mask).astype(np.int64)
         before = self._node("Gather", [value, self._constant(stay)], axis=axis)
         (node.graph or self._graph).insert_before(node, before)
-        node.replace_input_with(0, before.outputs[0])
+        node.replace_input_with(first, before.outputs[0])
         if node.op_type.startswith("Reduce"):
             return
         across = "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
-        for index, parameter in enumerate(node.inputs[1:] if across else [], start=1):
+        parameters = list(enumerate(node.inputs))[first + 1 :] if across else []
+        for index, parameter in parameters:
             if parameter is not None and parameter.const_value is not None:
                 array = parameter.const_value.numpy()
                 own = axis - (rank - array.ndim)
@@ -221,7 +232,8 @@ class _Builder:
         # Positions that went get any value: every consumer has a zero for them.
         spread = np.maximum(np.cumsum(mask) - 1, 0).astype(np.int64)
         output = node.outputs[0]
-        after = self._node("Gather", [output, self._constant(spread)], axis=axis)
+        spread_axis = axis if first == 0 else -1  # an embedding's tables lack the batch
+        after = self._node("Gather", [output, self._constant(spread)], axis=spread_axis)
         output.replace_all_uses_with(after.outputs[0])
         after.replace_input_with(0, output)
         (node.graph or self._graph).insert_after(node, after)
