@@ -54,10 +54,19 @@ class Calibration:
                 stop = min(start + self.batch, count)
                 if stop - start < self.batch and self._is_fixed():
                     break
-                yield {name: arrays[name][start:stop] for name in self.expected}
+                yield {
+                    # A scalar (a sample rate) is the same for every sample.
+                    name: arrays[name][start:stop] if arrays[name].ndim else arrays[name]
+                    for name in self.expected
+                }
 
     def _is_fixed(self) -> bool:
         return any(shape and shape[0] is not None for _, shape in self.expected.values())
+
+
+def sample_count(feeds: Feeds) -> int:
+    """Samples in one set of feeds; scalars are the same for all of them."""
+    return next((array.shape[0] for array in feeds.values() if array.ndim), 1)
 
 
 def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
@@ -134,17 +143,19 @@ def _check(
             for want, have in zip(shape[1:], array.shape[1:], strict=True)
         )
         if not fits:
-            wanted = ["N", *("any" if want is None else want for want in shape[1:])]
+            wanted = ["any" if want is None else want for want in shape]
+            wanted[:1] = ["N"] if shape else []
             raise _invalid(name, "the shape", wanted, list(array.shape), where)
         if not array.size:
             raise _invalid(name, "the number of samples", "at least 1", 0, where)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
             raise _invalid(name, "the values", "finite numbers", f"{bad} NaN or infinite", where)
-        counts[name] = array.shape[0]
+        if array.ndim:
+            counts[name] = array.shape[0]
     if len(set(counts.values())) > 1:
         raise _invalid("", "the number of samples", "the same for every input", counts, where)
-    count = next(iter(counts.values()), 0)
+    count = next(iter(counts.values()), 1)
     fixed = [shape[0] for _, shape in expected.values() if shape and shape[0] is not None]
     if fixed and count < fixed[0]:
         raise _invalid(

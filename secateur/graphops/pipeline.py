@@ -20,6 +20,7 @@ from secateur.graphops.calibration import (
     CalibrationSource,
     Feeds,
     open_calibration,
+    sample_count,
 )
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
@@ -304,7 +305,7 @@ def _feeds(analysed: _Analysed) -> list[Feeds]:
         feeds, samples = [], 0
         for batch in analysed.calibration.batches():
             feeds.append(batch)
-            samples += len(next(iter(batch.values())))
+            samples += sample_count(batch)
             if samples >= _CALIBRATION_SAMPLES:
                 break
         return feeds

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from secateur.errors import Code, refuse
+from secateur.graphops.calibration import sample_count
 from secateur.graphops.criteria.context import Context
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.verify.runtime import open_session
@@ -49,7 +50,7 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
     sums = [0.0 for _ in places]
     samples = 0
     for feeds in context.calibration.batches():
-        count = len(next(iter(feeds.values())))  # the last batch may be a smaller one
+        count = sample_count(feeds)  # the last batch may be a smaller one
         samples += count
         for index, mean in enumerate(session.run(names, feeds)):
             sums[index] = sums[index] + count * mean.astype(np.float64)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from secateur.errors import Code, Refused, refuse
-from secateur.graphops.calibration import Feeds
+from secateur.graphops.calibration import Feeds, sample_count
 from secateur.graphops.verify.runtime import open_session
 from secateur.report import Drift, Verification
 
@@ -82,7 +82,7 @@ def verify(model: bytes | str, samples: Samples) -> Verification:
             found = session.run(None, feed)
         except Exception as error:
             raise _failed(f"the pruned model does not run: {_first_line(error)}") from None
-        batches.append(_batch_of(feed))
+        batches.append(sample_count(feed))
         for meter, reference, result in zip(meters, wanted, found, strict=True):
             meter.add(reference, result)
     return Verification(
@@ -165,11 +165,6 @@ def drift_between(
         for meter, reference, result in zip(meters, references, results, strict=True):
             meter.add(reference, result)
     return tuple(meter.drift() for meter in meters if meter.used)
-
-
-def _batch_of(feed: Feeds) -> int:
-    sizes = [array.shape[0] for array in feed.values() if array.ndim]
-    return int(sizes[0]) if sizes else 1
 
 
 def _first_line(error: Exception) -> str:
