@@ -1828,6 +1828,7 @@ def _(net: Net) -> str:
 @row("OneHot")
 def _(net: Net) -> str:
     classes = net.op("Clip", net.op("Round", image(net)), scalar(0)(net), scalar(3)(net))
+    classes = net.op("Cast", classes, to=INT64)
     y = net.op("OneHot", classes, _number(4)(net), net.floats(2), axis=2, name=SUBJECT)
     return image_end(net, net.op("ReduceSum", y, net.ints(2), keepdims=0))
 

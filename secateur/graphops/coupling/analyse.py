@@ -79,7 +79,8 @@ def _visit(flow: Flow, node: ir.Node) -> None:
         return
     rule = rules.find(node.domain, node.op_type, flow.opset(node))
     if rule is None:
-        _freeze_reached(flow, node, "NO_RULE", "the operator has no rule")
+        detail = rules.reason(node.domain, node.op_type) or "the operator has no rule"
+        _freeze_reached(flow, node, "NO_RULE", detail)
         return
     for index, value in enumerate(node.inputs):
         if rule.reads is None or index in rule.reads or value is None:

@@ -6,6 +6,7 @@
 | contraction | Conv, ConvTranspose, Gemm, MatMul, Einsum |
 | movement | transposes, reshapes and other changes of axes |
 | indexing | Slice, Split, Gather, Concat, Pad |
+| positions | Trilu, OneHot, GatherElements and others that leave some axes alone |
 | reduction | reductions, Softmax, ArgMax |
 | normalisation | Batch-, Layer-, Group-, Instance-, RMS- and LRNormalization |
 | recurrent | RNN, GRU, LSTM |
@@ -15,6 +16,7 @@
 | quantised | QLinear operators and the like |
 | control | If, Loop, Scan and their bodies |
 | source | Constant, ConstantOfShape, Shape arithmetic |
+| frozen | what has no rule on purpose, and why |
 """
 
 from secateur.graphops.rules import (  # noqa: F401  importing registers
@@ -22,16 +24,18 @@ from secateur.graphops.rules import (  # noqa: F401  importing registers
     contraction,
     control,
     elementwise,
+    frozen,
     fused,
     indexing,
     movement,
     normalisation,
+    positions,
     quantised,
     recurrent,
     reduction,
     source,
     spatial,
 )
-from secateur.graphops.rules.registry import Rule, all_rules, find
+from secateur.graphops.rules.registry import Rule, all_reasons, all_rules, find, reason
 
-__all__ = ["Rule", "all_rules", "find"]
+__all__ = ["Rule", "all_reasons", "all_rules", "find", "reason"]

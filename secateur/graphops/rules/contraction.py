@@ -300,3 +300,30 @@ register(
     macs=macs_conv_transpose,
     roles=_ROLES,
 )
+
+
+def couple_deformable(flow: Flow, node: ir.Node) -> None:
+    """As Conv where nothing is grouped; offsets and mask say where to look, not at what."""
+    if integer(node, "group", 1) != 1 or integer(node, "offset_group", 1) != 1:
+        return freeze_all(flow, node, "UNSUPPORTED_FORM", "a grouped deformable convolution")
+    for index in (2, 4):
+        flow.freeze_value(operand(node, index), node, "SPATIAL", "moves the kernel's positions")
+    return couple_convolution(flow, node, bias=3)
+
+
+def couple_causal_conv(flow: Flow, node: ir.Node) -> None:
+    """A depthwise convolution over time: weight, bias and states run with the channels."""
+    operands = [(0, [None, "c", None]), (1, ["c", None, None])]
+    if operand(node, 2) is not None:
+        operands.append((2, ["c"]))
+    if operand(node, 3) is not None:
+        operands.append((3, [None, "c", None]))
+    blocks = flow.meet(node, operands, ["batch", "c", "time"])
+    for output in node.outputs:
+        flow.set(output, blocks)
+
+
+register("DeformConv", "convolution", couple_deformable, macs=macs_conv, roles={1: "weight"})
+register(
+    "CausalConvWithState", "convolution", couple_causal_conv, macs=macs_conv, roles={1: "weight"}
+)

@@ -53,6 +53,7 @@ class Rule:
 
 
 _RULES: dict[tuple[str, str], list[Rule]] = {}
+_REASONS: dict[tuple[str, str], str] = {}
 _LATEST = 1 << 30
 
 
@@ -94,6 +95,27 @@ def find(domain: str, op_type: str, opset: int) -> Rule | None:
         if rule.since <= opset <= rule.until:
             return rule
     return None
+
+
+def explain(op_types: str, sentence: str, *, domain: str = "") -> None:
+    """States why space-separated operators have no rule on purpose.
+
+    Raises:
+        ValueError: one of them has been explained before.
+    """
+    for op_type in op_types.split():
+        if _REASONS.setdefault((domain, op_type), sentence) != sentence:
+            raise ValueError(f"{domain or 'ai.onnx'}::{op_type} is explained twice")
+
+
+def reason(domain: str, op_type: str) -> str | None:
+    """Why an operator has no rule, None where nobody has said."""
+    return _REASONS.get(("" if domain == "ai.onnx" else domain, op_type))
+
+
+def all_reasons() -> dict[tuple[str, str], str]:
+    """(domain, operator) → why it has no rule."""
+    return dict(_REASONS)
 
 
 def all_rules() -> Iterator[Rule]:

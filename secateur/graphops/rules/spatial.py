@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, single
-from secateur.graphops.rules.attributes import integer, integers_at, operand, rank
+from secateur.graphops.rules.attributes import integer, integers, integers_at, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -54,6 +54,16 @@ def rewrite_resize(surgeon: Surgeon, node: ir.Node) -> None:
     surgeon.resize_shape_input(node, 3, copies=False, axes=places)
 
 
+def rewrite_center_crop_pad(surgeon: Surgeon, node: ir.Node) -> None:
+    """The shape input names sizes, of `axes` only where that is given."""
+    axes = integers(node, "axes")
+    places = None
+    if axes is not None:
+        size = len(surgeon.shape(node.outputs[0]))
+        places = [axis % size for axis in axes] if size else None
+    surgeon.resize_shape_input(node, 1, copies=False, axes=places)
+
+
 def couple_depth_to_space(flow: Flow, node: ir.Node) -> None:
     """b² input channels make one output channel: they go together."""
     value, square = node.inputs[0], integer(node, "blocksize", 1) ** 2
@@ -95,4 +105,5 @@ register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize, re
 register("DepthToSpace", "spatial", couple_depth_to_space)
 register("SpaceToDepth", "spatial", couple_space_to_depth)
 register("GridSample", "spatial", couple_grid_sample)
-register("RoiAlign", "spatial", couple_roi)
+register("RoiAlign MaxRoiPool", "spatial", couple_roi)
+register("CenterCropPad", "spatial", couple_resize, rewrite=rewrite_center_crop_pad, reads=(0,))

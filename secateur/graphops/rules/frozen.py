@@ -1,0 +1,47 @@
+"""Operators of ai.onnx that have no rule on purpose: whatever reaches them stays whole.
+
+Each sentence is what a report says of a channel that such an operator keeps.
+"""
+
+from __future__ import annotations
+
+from secateur.graphops.rules.registry import explain
+
+explain(
+    "MaxUnpool NonMaxSuppression NonZero Unique",
+    "positions are read or answered as numbers, and a cut would renumber them",
+)
+explain(
+    "Bernoulli Multinomial RandomNormalLike RandomUniformLike",
+    "it draws random numbers, and on another shape it draws others",
+)
+explain(
+    "ConcatFromSequence SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert "
+    "SequenceLength SequenceMap SplitToSequence",
+    "it makes or reads a sequence of tensors, whose shapes need not agree",
+)
+explain(
+    "Optional OptionalGetElement OptionalHasElement",
+    "it makes or reads an optional value, which may hold no tensor",
+)
+explain(
+    "RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer",
+    "it works on text or on counts of tokens, where there are no channels",
+)
+explain("ImageDecoder", "it reads the bytes of an image file, where there are no channels")
+explain(
+    "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
+    "it is a training loss, whose classes are named by number",
+)
+explain(
+    "BlackmanWindow HammingWindow HannWindow MelWeightMatrix STFT",
+    "it is signal processing over the whole of an axis: every result depends on its length",
+)
+explain("Det", "a determinant needs both axes of its matrices whole")
+explain("AffineGrid", "it makes positions in space from the entries of a matrix")
+explain(
+    "LinearAttention",
+    "its recurrence ties the sizes of queries, keys, values and states to its numbers of heads",
+)
+explain("SwiGLU", "ONNX Runtime does not run it yet, so that no cut through it could be verified")
+explain("Scan", "before opset 9 it scans a batch of sequences, each of its own length")
