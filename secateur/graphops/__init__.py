@@ -7,6 +7,12 @@ The order in which data flows is the order in which to read:
 `pipeline` runs them; everything about an operator is in `rules`.
 """
 
-from secateur.graphops.pipeline import inspect, profile, prune
+import os
+
+# ONNX Runtime's official builds report their use, model names included, to their maker unless
+# told not to before they are first imported. Models that pass here are other people's.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from secateur.graphops.pipeline import inspect, profile, prune  # noqa: E402
 
 __all__ = ["inspect", "profile", "prune"]

@@ -13,7 +13,7 @@ from secateur.graphops.coupling import units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor
+from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor, walk
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
 # frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
@@ -39,7 +39,7 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
     flow.visit = lambda node: _visit(flow, node)
     for node in graph:
         flow.visit(node)
-    for node in graph.all_nodes():
+    for node in walk(graph):
         rule = rules.find(node.domain, node.op_type, flow.opset(node))
         if rule is not None and rule.macs is not None:
             macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
@@ -55,15 +55,17 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
     """Every tensor that holds weights: initializers and outputs of Constant nodes, by name,
     those of subgraphs included."""
     found = {}
-    for owner in (graph, *graph.subgraphs()):
-        for name, value in owner.initializers.items():
-            if value.const_value is not None:
-                found[str(name)] = value.const_value
-    for node in graph.all_nodes():
+    owners = [graph]
+    for node in walk(graph):
+        owners.extend(bodies(node).values())
         if node.op_type == "Constant" and node.domain == "":
             tensor = constant_tensor(node)
             if tensor is not None:
                 found[str(node.outputs[0].name)] = tensor
+    for owner in owners:
+        for name, value in owner.initializers.items():
+            if value.const_value is not None:
+                found[str(name)] = value.const_value
     return found
 
 

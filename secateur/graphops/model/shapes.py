@@ -11,7 +11,8 @@ operator's own inference function node by node. Symbolic inference by other libr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,9 +204,11 @@ class _Skeleton:
             return
         shape = [int(size) for size in tensor.shape.numpy()]
         self._constants[name] = onnx.helper.make_tensor_type_proto(int(tensor.dtype), shape)
-        small = int(np.prod(shape, dtype=np.int64)) <= 64 if len(shape) <= 1 else False
+        if tensor.dtype not in _EVALUATED:
+            return
+        size = math.prod(shape)
         integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
-        if tensor.dtype in _EVALUATED and (small or (integer and tensor.size <= 1024)):
+        if (len(shape) <= 1 and size <= 64) or (integer and size <= 1024):
             self._known[name] = tensor.numpy()
 
     def _fold(self, node: ir.Node) -> bool:
@@ -464,6 +467,15 @@ def bodies(node: ir.Node) -> dict[str, ir.Graph]:
         if attribute.type == ir.AttributeType.GRAPH:
             found[name] = attribute.as_graph()
     return found
+
+
+def walk(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every node, those of bodies after the node they belong to (onnx_ir's own traversal looks
+    into every attribute of every node, which costs more than the labels of a graph)."""
+    for node in graph:
+        yield node
+        for body in bodies(node).values():
+            yield from walk(body)
 
 
 def body_inputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value | None, bool]]:
