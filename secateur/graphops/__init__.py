@@ -13,6 +13,6 @@ import os
 # told not to before they are first imported. Models that pass here are other people's.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from secateur.graphops.pipeline import inspect, profile, prune  # noqa: E402
+from secateur.graphops.pipeline import inspect, profile, prune
 
 __all__ = ["inspect", "profile", "prune"]

@@ -275,6 +275,7 @@ class _Skeleton:
                 name = str(value.name)
                 values[name] = array
                 shapes[name] = array.shape
+                types.pop(name, None)  # less may have been known of it
             return
         for body in bodies(node).values():
             self._visit_body(node, body, types, shapes, values, strict)
