@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from secateur.errors import Code, refuse
 from secateur.graphops.calibration import (
     Calibration,
     CalibrationSource,
@@ -26,13 +25,9 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.normalise import unshare
-from secateur.graphops.model.opening import (
-    ModelSource,
-    OpenedModel,
-    open_model,
-    self_contained,
-)
+from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
 from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.model.writing import serialise
 from secateur.graphops.planning import cost, planner, replay
 from secateur.graphops.profile import measure
 from secateur.graphops.surgery.cut import cut
@@ -155,16 +150,16 @@ def prune(
             keep = replay.units_kept(plan, coupling, analysed.copies, opened.sha256)
     with clock.stage(Stage.SURGERY, f"{int((~keep).sum())} units go"):
         pruned, kept = cut(opened.model, coupling, keep, analysed.copies)
-        serialised = _serialise(pruned)
+        serialised = serialise(pruned)
     source = _runnable(model, opened)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
         feeds = _feeds(analysed)
         samples = checks.run_original(source, feeds, from_calibration=data is not None)
-        verification = checks.verify(serialised, samples)
+        verification = checks.verify(serialised.runnable, samples)
     latencies: list[Latency | None] = [None, None]
     with clock.stage(Stage.PROFILE, "timing original and result in turns"):
         if measure_latency:
-            sessions = [open_session(source), open_session(serialised)]
+            sessions = [open_session(source), open_session(serialised.runnable)]
             single = _one_sample(analysed, feeds[0])
             latencies = list(measure.alternate(sessions, single, seconds=_LATENCY_SECONDS))
     clock.done()
@@ -178,7 +173,7 @@ def prune(
     after = Cost(
         macs=macs.of(keep),
         params=cost.count_params(pruned),
-        bytes=len(serialised),
+        bytes=serialised.size,
         latency=latencies[1],
     )
     report = Report(
@@ -191,7 +186,7 @@ def prune(
         seconds=clock.seconds,
     )
     decided = Plan(source=opened.sha256, recipe=recipe, kept=kept)
-    return Result(model=serialised, plan=decided, report=report)
+    return Result(serialised.model, decided, report, serialised.weights)
 
 
 def inspect(
@@ -331,21 +326,7 @@ def _runnable(model: ModelSource, opened: OpenedModel) -> bytes | str:
         return str(os.fspath(model))
     if isinstance(model, bytes):
         return model
-    return _serialise(opened.model)
-
-
-def _serialise(model: ir.Model) -> bytes:
-    """One file with everything in it: bytes have no folder in which other files could lie."""
-    proto = ir.to_proto(self_contained(model))
-    size = proto.ByteSize()
-    if size >= 2**31:
-        raise refuse(
-            Code.LIMIT_EXCEEDED,
-            "the pruned model is too large for one ONNX file",
-            expected="less than 2 GiB",
-            found=f"{size} bytes",
-        )
-    return proto.SerializeToString(deterministic=True)
+    return serialise(opened.model).runnable
 
 
 def _group(group: UnitGroup, keep: planner.Mask) -> Group:

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
-from secateur.errors import Refusal, Refused
+from secateur.errors import Code, Refusal, Refused, refuse
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Progress
@@ -71,6 +71,14 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, send: Send) -> None:
         progress=tell,
         external_data=False,
     )
+    if result.weights is not None:
+        raise refuse(
+            Code.LIMIT_EXCEEDED,
+            "the pruned model is too large for one ONNX file, and a server sends one",
+            expected="less than 2 GiB",
+            found=f"{result.report.after.bytes} bytes",
+            hint="Prune it in process: the command without --server.",
+        )
     (folder / "result.onnx").write_bytes(result.model)
     (folder / "result.json").write_text(result.plan.to_json(), encoding="utf-8")
     _write(folder / "report.json", result.report)

@@ -1,0 +1,50 @@
+"""Sizes under two bindings of what a model leaves free."""
+
+from __future__ import annotations
+
+import numpy as np
+from nets import INT64, Net
+
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.shapes import Shapes, infer_shapes
+
+
+def shapes_of(net: Net) -> Shapes:
+    return infer_shapes(open_model(net.bytes()).model)
+
+
+def test_a_sequence_is_bound_no_longer_than_its_table_of_positions() -> None:
+    net = Net()
+    tokens = net.input("tokens", ["N", "S"], INT64)
+    length = net.op("Slice", net.op("Shape", tokens), net.ints(1), net.ints(2))
+    ids = net.const(np.arange(32, dtype=np.int64).reshape(1, 32))
+    ids = net.op("Slice", ids, net.ints(0), length, net.ints(1))
+    words = net.op("Gather", net.floats(100, 8), tokens)
+    x = net.op("Add", words, net.op("Gather", net.floats(32, 8), ids))
+    net.output(net.dense(net.dense(x, 8, 6), 6, 3))
+    first, second = shapes_of(net).inputs["tokens"]
+    assert first[1] <= 32
+    assert second[1] <= 32
+    assert first != second
+
+
+def test_what_is_equal_in_both_bindings_is_the_model_s_own() -> None:
+    net = Net()
+    x = net.input("x", ["N", 4, "H", 6])
+    y = net.conv(x, 4, 8)
+    net.output(net.conv(y, 8, 3))
+    shapes = shapes_of(net)
+    assert [shapes.is_fixed(y, axis) for axis in range(4)] == [False, True, False, True]
+
+
+def test_shape_arithmetic_is_evaluated_and_knows_what_follows_the_input() -> None:
+    net = Net()
+    x = net.input("x", ["N", 4, 6])
+    twice = net.op("Mul", net.op("Shape", x), net.ints(2, 2, 2))
+    y = net.op("Expand", net.op("Reshape", x, net.ints(-1)), net.ints(1))
+    net.output(net.op("Reshape", y, net.op("Div", twice, net.ints(2, 2, 2))))
+    shapes = shapes_of(net)
+    fixed = shapes.fixed_entries(twice)
+    assert shapes.values[twice].tolist() == [4, 8, 12]
+    assert fixed is not None
+    assert fixed.tolist() == [False, True, True]
