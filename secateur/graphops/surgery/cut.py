@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops import rules
@@ -75,12 +77,25 @@ def _sliced(
     if tensor is None or not masks:
         return None, {}
     axes = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items()) if mask is not None}
+    sliced: ir.TensorProtocol
+    if isinstance(tensor, ir.ExternalTensor):
+        # Weights in files are as large as they like: each is sliced when it is written.
+        shape = [axes[a].size if a in axes else int(n) for a, n in enumerate(tensor.shape.numpy())]
+        take = functools.partial(_take, tensor, axes)
+        sliced = ir.LazyTensor(take, tensor.dtype, ir.Shape(shape), name=tensor.name)
+    else:
+        sliced = _take(tensor, axes)
+    return sliced, {axis: tuple(int(i) for i in indices) for axis, indices in axes.items()}
+
+
+def _take(tensor: ir.TensorProtocol, axes: Mapping[int, npt.NDArray[np.intp]]) -> ir.TensorProtocol:
     array = tensor.numpy()
     # The axis that shrinks most first: the copies stay small.
     for axis in sorted(axes, key=lambda a: axes[a].size / array.shape[a]):
         array = np.take(array, axes[axis], axis=axis)
-    sliced = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
-    return sliced, {axis: tuple(int(i) for i in indices) for axis, indices in axes.items()}
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # its pages count as this process's memory while they are mapped
+    return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
 
 
 def _resize_values(graph: ir.Graph, surgeon: Surgeon) -> None:
