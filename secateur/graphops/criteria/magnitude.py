@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from secateur.graphops.criteria.context import Context
+from secateur.graphops.model.opening import release
 
 
 def l1(context: Context) -> npt.NDArray[np.float64]:
@@ -37,7 +37,6 @@ def _power_sums(context: Context, power: int) -> npt.NDArray[np.float64]:
             else:
                 sums = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
             context.add_per_unit(total, name, axis, sums)
-        if isinstance(tensor, ir.ExternalTensor):
-            del array, rows
-            tensor.release()  # one mapped file at a time
+        del array, rows
+        release(tensor)
     return total

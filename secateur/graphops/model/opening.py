@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -87,6 +88,17 @@ def self_contained(model: ir.Model) -> ir.Model:
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
     return model
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Unmaps weights that lie in a file: mapped pages count as this process's memory.
+
+    They are mapped again when somebody asks for them. Where a copy of a vector still looks at
+    them, they stay.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def _as_proto(source: ModelSource) -> onnx.ModelProto:

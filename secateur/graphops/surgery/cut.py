@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.opening import release
 from secateur.graphops.model.shapes import constant_tensor
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
@@ -93,8 +94,7 @@ def _take(tensor: ir.TensorProtocol, axes: Mapping[int, npt.NDArray[np.intp]]) -
     # The axis that shrinks most first: the copies stay small.
     for axis in sorted(axes, key=lambda a: axes[a].size / array.shape[a]):
         array = np.take(array, axes[axis], axis=axis)
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()  # its pages count as this process's memory while they are mapped
+    release(tensor)
     return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
 
 
