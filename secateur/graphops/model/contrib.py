@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -98,12 +99,22 @@ def _binary(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [tuple(y if x == 1 else x for x, y in zip(longer, padded, strict=True))]
 
 
+def _broadcast(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    if any(shape is None or None in shape for shape in inputs):
+        return [None]
+    return [np.broadcast_shapes(*inputs)]  # type: ignore[arg-type]
+
+
 def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     x = inputs[0] or ()
     return [(x[0], x[1], *(1 for _ in x[2:]))]
 
 
+# Functions of opset 12 to 15, whose bodies onnx's inference does not look into.
+COMPARISONS = ("LessOrEqual", "GreaterOrEqual")
+
 _TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
+    **dict.fromkeys(COMPARISONS, _broadcast),
     "GroupNormalization": _first,
     "SimplifiedLayerNormalization": _first,
     "MeanVarianceNormalization": _first,

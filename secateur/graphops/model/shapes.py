@@ -342,6 +342,8 @@ class _Skeleton:
             return False
         source = types.get(node.inputs[0].name or "") if node.inputs[0] is not None else None
         dtype = source.tensor_type.elem_type if source is not None else onnx.TensorProto.FLOAT
+        if node.op_type in contrib.COMPARISONS:
+            dtype = onnx.TensorProto.BOOL
         for value, shape in zip(node.outputs, inferred, strict=False):
             if shape is not None and value.name:
                 shapes[value.name] = shape

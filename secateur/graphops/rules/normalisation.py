@@ -97,11 +97,9 @@ def couple_lp(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_lrn(flow: Flow, node: ir.Node) -> None:
-    """Divides by the energy of neighbouring channels: a cut would change who is a neighbour."""
-    value = node.inputs[0]
-    if value is not None:
-        flow.freeze_axis(value, 1, node, "ORDERED", "neighbouring channels are summed")
-        flow.set(node.outputs[0], flow.blocks(value))
+    """Divides by the energy of neighbouring channels; a cut changes who is a neighbour."""
+    _mark_inexact(flow, node, [1])
+    flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
 
 
 def _mark_inexact(flow: Flow, node: ir.Node, axes: list[int]) -> None:
