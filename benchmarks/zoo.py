@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
+import onnxruntime
 
 import secateur
 from secateur.graphops.verify.law import check_law
@@ -100,7 +101,6 @@ def torch_pruning(folder: pathlib.Path) -> dict[str, float]:
 
 def onnxsim_removes(model: onnx.ModelProto, params: int) -> float | None:
     """Share of parameters that onnxsim's two pruning passes remove; None where they fail."""
-    import onnxruntime
     from onnxsim import pruning
 
     from secateur.graphops.model.opening import open_model
@@ -162,6 +162,7 @@ def main() -> None:
     if not arguments.folder.exists():
         sys.exit(f"{arguments.folder} does not exist: name a folder of .onnx files")
     logging.disable(logging.WARNING)
+    onnxruntime.set_default_logger_severity(4)
     baseline = torch_pruning(arguments.folder)
     print(
         f"{'model':45s} {'law':>6s} {'exc':>4s} {'params':>6s} {'MACs':>6s} {'TP':>6s} "
