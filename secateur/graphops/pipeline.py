@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 import pathlib
 import tempfile
@@ -27,7 +29,7 @@ from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
 from secateur.graphops.model.shapes import infer_shapes
-from secateur.graphops.model.writing import serialise
+from secateur.graphops.model.writing import Serialised, serialise
 from secateur.graphops.planning import cost, planner, replay
 from secateur.graphops.profile import measure
 from secateur.graphops.surgery.cut import cut
@@ -61,7 +63,10 @@ _BEGINS = {
     Stage.PROFILE: 0.8,
 }
 _CALIBRATION_SAMPLES = 256  # at most that many are run for verification
-_LATENCY_SECONDS = 0.6
+_LATENCY_SECONDS = 0.4
+# Sessions of larger models are opened one at a time: ONNX Runtime takes up to three times a
+# model's size for its weights in their blocked layouts.
+_TOGETHER = 32 << 20
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
 
@@ -132,6 +137,55 @@ def prune(
     """
     clock = _Clock(progress)
     recipe = plan.recipe if plan is not None else recipe or Recipe()
+    done = _cut(model, recipe, calibration, plan, external_data, clock)
+    before, after = done.before, done.after
+    _collect(before.bytes)
+    with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
+        samples = checks.run_original(done.source, done.feeds, calibration is not None)
+        verification = checks.verify(done.serialised.runnable, samples)
+        del samples
+    with clock.stage(Stage.PROFILE, "timing original and result in turns"):
+        if measure_latency:
+            first, second = _latencies(done)
+            before = before.model_copy(update={"latency": first})
+            after = after.model_copy(update={"latency": second})
+    clock.done()
+    report = Report(
+        before=before,
+        after=after,
+        groups=done.groups,
+        frozen=done.frozen,
+        verification=verification,
+        warnings=_warnings(before, after),
+        seconds=clock.seconds,
+    )
+    return Result(done.serialised.model, done.plan, report, done.serialised.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A cut, without the models it came from: their weights go before ONNX Runtime's come."""
+
+    source: bytes | str
+    serialised: Serialised
+    plan: Plan
+    before: Cost
+    after: Cost
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    feeds: list[Feeds]
+    sample: Feeds
+
+
+def _cut(
+    model: ModelSource,
+    recipe: Recipe,
+    calibration: CalibrationSource | None,
+    plan: Plan | None,
+    external_data: bool,
+    clock: _Clock,
+) -> _Done:
+    """The stages up to the pruned model, and everything that running it needs."""
     with clock.stage(Stage.LOAD, "opening the model"):
         opened = open_model(model, external_data=external_data)
         data = None if calibration is None else open_calibration(calibration, opened.model.graph)
@@ -151,42 +205,37 @@ def prune(
     with clock.stage(Stage.SURGERY, f"{int((~keep).sum())} units go"):
         pruned, kept = cut(opened.model, coupling, keep, analysed.copies)
         serialised = serialise(pruned)
-    source = _runnable(model, opened)
-    with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
-        feeds = _feeds(analysed)
-        samples = checks.run_original(source, feeds, from_calibration=data is not None)
-        verification = checks.verify(serialised.runnable, samples)
-    latencies: list[Latency | None] = [None, None]
-    with clock.stage(Stage.PROFILE, "timing original and result in turns"):
-        if measure_latency:
-            sessions = [open_session(source), open_session(serialised.runnable)]
-            single = _one_sample(analysed, feeds[0])
-            latencies = list(measure.alternate(sessions, single, seconds=_LATENCY_SECONDS))
-    clock.done()
+        params = cost.count_params(pruned)
+    feeds = _feeds(analysed)
     macs = cost.macs(coupling)
-    before = Cost(
-        macs=macs.of(np.ones_like(keep)),
-        params=analysed.params,
-        bytes=opened.size,
-        latency=latencies[0],
-    )
-    after = Cost(
-        macs=macs.of(keep),
-        params=cost.count_params(pruned),
-        bytes=serialised.size,
-        latency=latencies[1],
-    )
-    report = Report(
-        before=before,
-        after=after,
+    return _Done(
+        source=_runnable(model, opened),
+        serialised=serialised,
+        plan=Plan(source=opened.sha256, recipe=recipe, kept=kept),
+        before=Cost(macs=macs.of(np.ones_like(keep)), params=analysed.params, bytes=opened.size),
+        after=Cost(macs=macs.of(keep), params=params, bytes=serialised.size),
         groups=tuple(_group(group, keep) for group in coupling.groups),
         frozen=_frozen(coupling),
-        verification=verification,
-        warnings=_warnings(before, after),
-        seconds=clock.seconds,
+        feeds=feeds,
+        sample=_one_sample(analysed, feeds[0]),
     )
-    decided = Plan(source=opened.sha256, recipe=recipe, kept=kept)
-    return Result(serialised.model, decided, report, serialised.weights)
+
+
+def _collect(size: int) -> None:
+    """Frees the weights of graphs that are no longer needed, where they are worth it: the nodes of
+    a graph refer to one another, and would wait for a collection that comes too late."""
+    if size > _TOGETHER:
+        gc.collect()
+
+
+def _latencies(done: _Done) -> list[Latency]:
+    """Latency of original and result, in turns."""
+    openers = [
+        functools.partial(open_session, runnable)
+        for runnable in (done.source, done.serialised.runnable)
+    ]
+    together = done.before.bytes <= _TOGETHER
+    return measure.alternate(openers, done.sample, seconds=_LATENCY_SECONDS, together=together)
 
 
 def inspect(
@@ -229,12 +278,13 @@ def profile(
     """
     first = _Measured.open(model, external_data)
     if against is None:
-        latency = measure.alternate([first.session], first.feeds, seconds=1.0)
+        latency = measure.alternate([lambda: first.session], first.feeds, seconds=1.0)
         return Profile(model=first.cost(latency[0]))
     second = _Measured.open(against, external_data)
     wanted = checks.run_original(second.source, [first.feeds], from_calibration=False)
     found = [first.session.run(list(wanted.names), first.feeds)]
-    latencies = measure.alternate([first.session, second.session], first.feeds, seconds=2.0)
+    openers = [lambda: first.session, lambda: second.session]
+    latencies = measure.alternate(openers, first.feeds, seconds=2.0)
     return Profile(
         model=first.cost(latencies[0]),
         against=second.cost(latencies[1]),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -17,27 +17,36 @@ import onnxruntime as ort
 from secateur.graphops.calibration import Feeds
 from secateur.report import Latency
 
+Opener = Callable[[], ort.InferenceSession]
+
+_ROUNDS = 2  # of opening each session, where they are not open together
+
 
 def alternate(
-    sessions: Sequence[ort.InferenceSession], feeds: Feeds, *, seconds: float, runs: int = 200
+    openers: Sequence[Opener],
+    feeds: Feeds,
+    *,
+    seconds: float,
+    together: bool = True,
+    runs: int = 200,
 ) -> list[Latency]:
     """Latency of several models on the same inputs, run in turns.
 
     Args:
-        sessions: to measure.
+        openers: one per model, each opens its session.
         feeds: for each of them.
-        seconds: to spend altogether; at least three turns are taken.
-        runs: turns at most.
+        seconds: to spend on runs altogether; at least three of each are timed.
+        together: hold all sessions at once and change after every run; else one session at a
+            time, in rounds, which needs the memory of one.
+        runs: of each model at most.
     """
-    times: list[list[float]] = [[] for _ in sessions]
-    for session in sessions:
-        session.run(None, feeds)  # first runs allocate
-    deadline = time.perf_counter() + seconds
-    while len(times[0]) < runs and (len(times[0]) < 3 or time.perf_counter() < deadline):
-        for session, taken in zip(sessions, times, strict=True):
-            start = time.perf_counter()
-            session.run(None, feeds)
-            taken.append((time.perf_counter() - start) * 1e3)
+    times: list[list[float]] = [[] for _ in openers]
+    if together:
+        _time([opener() for opener in openers], times, feeds, seconds, runs)
+    else:
+        for _ in range(_ROUNDS):
+            for opener, taken in zip(openers, times, strict=True):
+                _time([opener()], [taken], feeds, seconds / (_ROUNDS * len(openers)), runs)
     return [
         Latency(
             p50_ms=round(float(np.percentile(taken, 50)), 4),
@@ -46,6 +55,25 @@ def alternate(
         )
         for taken in times
     ]
+
+
+def _time(
+    sessions: Sequence[ort.InferenceSession],
+    times: Sequence[list[float]],
+    feeds: Feeds,
+    seconds: float,
+    runs: int,
+) -> None:
+    for session in sessions:
+        session.run(None, feeds)  # first runs allocate
+    deadline = time.perf_counter() + seconds
+    turns = 0
+    while turns < runs and (turns < 3 or time.perf_counter() < deadline):
+        turns += 1
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, feeds)
+            taken.append((time.perf_counter() - start) * 1e3)
 
 
 # The high-water mark of the process's own address space: getrusage would count what the parent

@@ -16,6 +16,7 @@ from secateur.graphops.model.shapes import constant_tensor
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
 
+_LARGE = 1 << 16  # bytes of a constant that is sliced late
 Kept = dict[str, dict[int, tuple[int, ...]]]  # constant → axis → kept indices
 
 
@@ -79,8 +80,9 @@ def _sliced(
         return None, {}
     axes = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items()) if mask is not None}
     sliced: ir.TensorProtocol
-    if isinstance(tensor, ir.ExternalTensor):
-        # Weights in files are as large as they like: each is sliced when it is written.
+    if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _LARGE:
+        # Sliced when it is written: no two copies of all weights, and weights in files may be
+        # larger than memory.
         shape = [axes[a].size if a in axes else int(n) for a, n in enumerate(tensor.shape.numpy())]
         take = functools.partial(_take, tensor, axes)
         sliced = ir.LazyTensor(take, tensor.dtype, ir.Shape(shape), name=tensor.name)
