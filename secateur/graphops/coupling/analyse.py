@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Sequence
 
@@ -17,7 +18,15 @@ from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor, walk
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
 # frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
-_MALFORMED = (ValueError, IndexError, KeyError, TypeError, AttributeError, AssertionError)
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,  # sizes that no machine has
+    TypeError,
+    ValueError,
+)
 
 
 def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupling:
@@ -42,7 +51,8 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
     for node in walk(graph):
         rule = rules.find(node.domain, node.op_type, flow.opset(node))
         if rule is not None and rule.macs is not None:
-            macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
+            with contextlib.suppress(*_MALFORMED):
+                macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
     for value in graph.outputs:
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")

@@ -21,6 +21,8 @@ Letter = Hashable
 
 # Above this many labels a reshape collapses a joint block to its first axis before it grows.
 MAX_BLOCK = 1 << 20
+# More positions than that along one axis are a damaged file's, and would only take memory.
+MAX_FRESH = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,12 @@ class Flow:
             known = BARE
             if value.name in self.constants:
                 sizes = [int(size) for size in self.constants[value.name].shape.numpy()]
-                known = tuple(
-                    Block((axis,), self.fresh(size)) for axis, size in enumerate(sizes) if size > 1
-                )
+                if 0 not in sizes:
+                    known = tuple(
+                        Block((axis,), self.fresh(size))
+                        for axis, size in enumerate(sizes)
+                        if 1 < size <= MAX_FRESH
+                    )
             self.blocks_of[value.name] = known
         return known
 
@@ -114,7 +119,13 @@ class Flow:
     # -- stating -------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Labels:
-        """New labels, one per position."""
+        """New labels, one per position.
+
+        Raises:
+            ValueError: there are more than any real axis has; the node is then frozen.
+        """
+        if count > MAX_FRESH:
+            raise ValueError(f"an axis of {count} positions")
         start, self.labels = self.labels, self.labels + count
         return np.arange(start, start + count, dtype=np.int32)
 
@@ -139,10 +150,10 @@ class Flow:
             for axis, size in zip(block.axes, block.labels.shape, strict=True):
                 if shape is not None and (axis >= len(shape) or shape[axis] not in (size, None)):
                     raise ValueError(f"axis {axis} of {value.name!r} holds {size} labels: {shape}")
-            if len(block.axes) > 1:
+            if len(block.axes) > 1 and block.labels.size:
                 self.rectangles.append(block.labels)
-        if value.name:
-            self.blocks_of[value.name] = blocks
+        if value.name:  # along an axis of no positions nothing can be said
+            self.blocks_of[value.name] = tuple(block for block in blocks if block.labels.size)
 
     def join(self, node: ir.Node, first: Labels, second: Labels) -> None:
         """States that labels meet, pair by pair; what meets a fixed position is frozen."""

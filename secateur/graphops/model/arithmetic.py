@@ -16,6 +16,8 @@ import onnx_ir as ir
 
 MAX_ELEMENTS = 4096
 
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
+
 Array = npt.NDArray[Any]
 Inputs = Sequence[Array | None]
 
@@ -34,7 +36,7 @@ def evaluate(node: ir.Node, inputs: Inputs, opset: int) -> list[Array] | None:
     try:
         with np.errstate(all="ignore"):
             outputs = function(node, inputs, opset)
-    except (ValueError, IndexError, TypeError, ZeroDivisionError, KeyError, OverflowError):
+    except _MALFORMED:
         return None  # malformed: shape inference or ONNX Runtime will say so with more to tell
     outputs = [np.asarray(output) for output in outputs]
     return outputs if all(output.size <= MAX_ELEMENTS for output in outputs) else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from secateur.errors import Code, refuse
+from secateur.graphops.model import checking
 
 # onnx_ir is told apart from the other model types by these; gs.Graph by its module, so that
 # onnx-graphsurgeon is never imported for the check.
 ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model | Any
+
+
+_MAX_DENSE = 1 << 30  # bytes of a sparse initializer made dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ def open_model(source: ModelSource, *, external_data: bool = True) -> OpenedMode
     del serialised
     _check_versions(proto)
     size += _check_external_data(proto, folder, external_data)
+    checking.check_parts(proto)
     _densify(proto.graph)
     model = _deserialise(proto)
     if folder is not None:
@@ -163,33 +168,12 @@ def _check_versions(proto: onnx.ModelProto) -> None:
             )
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor stored in a graph, its subgraphs included."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            for graph in attribute.graphs:
-                yield from _tensors(graph)
-
-
 def _check_external_data(proto: onnx.ModelProto, folder: pathlib.Path | None, allowed: bool) -> int:
     """Checks every external reference before anything opens it; returns their bytes."""
     total = 0
-    tensors = list(_tensors(proto.graph))
+    tensors = list(checking.tensors(proto.graph))
     for function in proto.functions:
-        tensors.extend(_node_tensors(function.node))
+        tensors.extend(checking.node_tensors(function.node))
     for tensor in tensors:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -249,14 +233,16 @@ def _densify(graph: onnx.GraphProto) -> None:
         values = onnx.numpy_helper.to_array(sparse.values)
         indices = onnx.numpy_helper.to_array(sparse.indices)
         shape = tuple(sparse.dims)
-        if int(np.prod(shape, dtype=np.float64)) > 2**31:
+        if min(shape, default=0) < 0 or math.prod(shape) * values.itemsize > _MAX_DENSE:
             raise refuse(
                 Code.INVALID_MODEL,
                 f"sparse initializer {sparse.values.name!r} is too large to make dense",
                 nodes=(sparse.values.name,),
+                expected=f"at most {_MAX_DENSE} bytes",
+                found=list(shape),
             )
-        dense = np.zeros(shape, values.dtype)
         try:
+            dense = np.zeros(shape, values.dtype)
             if indices.ndim == 2:
                 dense[tuple(indices.T)] = values
             else:

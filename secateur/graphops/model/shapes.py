@@ -548,7 +548,8 @@ def _check_indices(
         return
     shape, known = shapes.get(data.name or ""), values.get(indices.name or "")
     axis = node.attributes.get("axis")
-    size = None if not shape else shape[0 if axis is None else int(axis.value)]
+    place = 0 if axis is None else int(axis.value)
+    size = shape[place] if shape and -len(shape) <= place < len(shape) else None
     if known is not None and known.size and size is not None and int(known.max()) >= size:
         raise _InvalidBinding
 

@@ -101,7 +101,7 @@ def _cost(coupling: Coupling, terms: list[tuple[float, tuple[Axis, ...]]]) -> Co
 
 
 def _size(coupling: Coupling, name: str, axis: int) -> int:
-    if name in coupling.constants:
-        return int(coupling.constants[name].shape.numpy()[axis])
     shape = coupling.shapes.of(name) or ()
+    if name in coupling.constants:
+        shape = tuple(coupling.constants[name].shape.numpy())
     return (shape[axis] if axis < len(shape) else None) or 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling import labels as lab
-from secateur.graphops.coupling.flow import MAX_BLOCK, Flow
+from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
 from secateur.graphops.rules.attributes import integer, integers, integers_at, rank
 from secateur.graphops.rules.registry import register
@@ -101,6 +102,8 @@ def _reshape_block(
     full = [sizes[0][axis] for axis in sources]
     if len(block.axes) > 1 and int(np.prod(full, dtype=np.int64)) > MAX_BLOCK:
         block = flow.collapse(value, block, block.axes[0])
+    if math.prod(full) > MAX_FRESH:
+        raise ValueError(f"a reshape of {math.prod(full)} positions that labels reach")
     spread = block.labels.reshape([sizes[0][axis] if axis in block.axes else 1 for axis in sources])
     moved = np.broadcast_to(spread, full).reshape([sizes[1][axis] for axis in targets])
     return lab.simplify(Block(tuple(targets), moved)) if targets else BARE

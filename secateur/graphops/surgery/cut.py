@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.errors import Code, refuse
 from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.opening import release
+from secateur.graphops.model.opening import node_label, release
 from secateur.graphops.model.shapes import constant_tensor
+from secateur.graphops.rules.registry import Rewrite
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
 
@@ -39,7 +41,7 @@ def cut(
     for node in list(result.graph.all_nodes()):
         rule = rules.find(node.domain, node.op_type, surgeon.opset(node))
         if rule is not None and rule.rewrite is not None:
-            rule.rewrite(surgeon, node)
+            _rewrite(rule.rewrite, surgeon, node)
     kept = _slice_constants(result.graph, surgeon)
     _resize_values(result.graph, surgeon)
     _merge_copies(result.graph, kept, copies)
@@ -50,6 +52,18 @@ def cut(
         if axes
     )
     return result, entries
+
+
+def _rewrite(rewrite: Rewrite, surgeon: Surgeon, node: ir.Node) -> None:
+    """Raises `INVALID_MODEL` for a node that lacks what its operator needs."""
+    try:
+        rewrite(surgeon, node)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"node {node_label(node)!r} is not as {node.op_type} is defined: {error}",
+            nodes=(node_label(node),),
+        ) from error
 
 
 def _slice_constants(graph: ir.Graph, surgeon: Surgeon) -> Kept:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Feeds
 from secateur.graphops.model.shapes import Shapes, real_inputs
+
+_MAX_INPUT = 1 << 27  # numbers; what a damaged file asks for can be any size
 
 
 def example_feeds(
@@ -40,6 +44,15 @@ def example_feeds(
         shape = list(pair[1] if second else pair[0])
         if batch is not None and shape and pair[0][0] != pair[1][0]:
             shape[0] = batch
+        if math.prod(shape) > _MAX_INPUT:
+            raise refuse(
+                Code.LIMIT_EXCEEDED,
+                f"input {name!r} is too large to make one up",
+                nodes=(name,),
+                expected=f"at most {_MAX_INPUT} numbers",
+                found=shape,
+                hint="Give calibration data.",
+            )
         dtype = (value.dtype or ir.DataType.FLOAT).numpy()
         if value.dtype == ir.DataType.STRING:
             feeds[name] = np.full(shape, "", object)

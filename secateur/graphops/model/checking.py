@@ -1,0 +1,172 @@
+"""Refuses files whose parts contradict one another, before anything reads their numbers.
+
+Everything after this may rely on it: a tensor has a known element type, no negative size, and
+exactly the data that its sizes call for; an attribute has the kind that its operator defines.
+Libraries in native code are then not handed what they do not check themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import onnx
+import onnx_ir as ir
+
+from secateur.errors import Code, Refused, refuse
+
+_FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+_PAIRS = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)  # two numbers for each element
+
+
+def check_parts(proto: onnx.ModelProto) -> None:
+    """Checks every tensor and every attribute of a model, subgraphs and functions included.
+
+    Raises:
+        Refused: `INVALID_MODEL`.
+    """
+    opsets = {_domain(opset.domain): opset.version for opset in proto.opset_import}
+    _check_graph(proto.graph, opsets)
+    for function in proto.functions:
+        _check_nodes(function.node, opsets)
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph, its subgraphs included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from node_tensors(graph.node)
+
+
+def node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Every tensor in the attributes of nodes and in their subgraphs."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from tensors(attribute.g)
+            for graph in attribute.graphs:
+                yield from tensors(graph)
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+    for tensor in graph.initializer:
+        _check_tensor(tensor)
+    for sparse in graph.sparse_initializer:
+        _check_tensor(sparse.values)
+        _check_tensor(sparse.indices)
+    _check_nodes(graph.node, opsets)
+
+
+def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> None:
+    for node in nodes:
+        domain = _domain(node.domain)
+        kinds = _attribute_kinds(node.op_type, opsets.get(domain, 1), domain)
+        for attribute in node.attribute:
+            expected = kinds.get(attribute.name)
+            if expected is not None and attribute.type != expected and not attribute.ref_attr_name:
+                raise _wrong_kind(node, attribute, expected)
+            if attribute.HasField("t"):
+                _check_tensor(attribute.t)
+            for tensor in attribute.tensors:
+                _check_tensor(tensor)
+            if attribute.HasField("g"):
+                _check_graph(attribute.g, opsets)
+            for graph in attribute.graphs:
+                _check_graph(graph, opsets)
+
+
+@functools.cache
+def _attribute_kinds(op_type: str, version: int, domain: str) -> Mapping[str, int]:
+    """Attribute → kind, as the operator's schema has it; empty where there is no schema."""
+    try:
+        schema = onnx.defs.get_schema(op_type, version, domain)
+    except (onnx.defs.SchemaError, TypeError, ValueError, OverflowError):
+        return {}
+    kinds = schema.attributes.items()
+    return {name: int(kind.type) for name, kind in kinds}  # type: ignore[call-overload]
+
+
+def _wrong_kind(node: onnx.NodeProto, attribute: onnx.AttributeProto, expected: int) -> Refused:
+    label = node.name or next(iter(node.output), node.op_type)
+    names = onnx.AttributeProto.AttributeType
+    kind = attribute.type
+    return refuse(
+        Code.INVALID_MODEL,
+        f"attribute {attribute.name!r} of node {label!r} ({node.op_type}) is of the wrong kind",
+        nodes=(label,),
+        expected=names.Name(expected),
+        found=names.Name(kind) if kind in names.values() else kind,
+    )
+
+
+def _check_tensor(tensor: onnx.TensorProto) -> None:
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError:
+        dtype = ir.DataType.UNDEFINED
+    if dtype == ir.DataType.UNDEFINED:
+        raise _damaged(tensor, "has no known element type", "one that onnx knows", tensor.data_type)
+    if any(size < 0 for size in tensor.dims):
+        raise _damaged(tensor, "has a negative size", "sizes from 0 on", list(tensor.dims))
+    count = math.prod(tensor.dims)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_external_length(tensor, dtype, count)
+        return
+    own = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    filled = {field: size for field in _FIELDS if (size := len(getattr(tensor, field)))}
+    if tensor.HasField("raw_data"):
+        if dtype == ir.DataType.STRING or filled:
+            raise _damaged(tensor, "says its data twice", "one field", ["raw_data", *filled])
+        if dtype.bitwidth != 6 and len(tensor.raw_data) != _bytes(dtype, count):
+            needed = f"{_bytes(dtype, count)} bytes"
+            raise _damaged(tensor, _MISFIT, needed, f"{len(tensor.raw_data)} bytes")
+        return
+    if set(filled) - {own}:
+        raise _damaged(tensor, "has data of another type", own, sorted(filled))
+    if filled.get(own, 0) != _entries(dtype, count):
+        raise _damaged(tensor, _MISFIT, f"{_entries(dtype, count)} numbers", filled.get(own, 0))
+
+
+_MISFIT = "does not hold the data that its sizes call for"
+
+
+def _check_external_length(tensor: onnx.TensorProto, dtype: ir.DataType, count: int) -> None:
+    """A stated length is that of the tensor; whether the file has it is checked elsewhere."""
+    stated = {entry.key: entry.value for entry in tensor.external_data}.get("length")
+    if dtype == ir.DataType.STRING:
+        raise _damaged(tensor, "is text in an external file", "numbers", "strings")
+    if stated is not None and stated.isdecimal() and int(stated) not in (0, _bytes(dtype, count)):
+        raise _damaged(tensor, _MISFIT, f"{_bytes(dtype, count)} bytes", f"{stated} bytes")
+
+
+def _bytes(dtype: ir.DataType, count: int) -> int:
+    return -(-count * dtype.bitwidth // 8)
+
+
+def _entries(dtype: ir.DataType, count: int) -> int:
+    """Numbers in the typed field: small elements share one, complex ones take two."""
+    if dtype in _PAIRS:
+        return 2 * count
+    if dtype != ir.DataType.STRING and dtype.bitwidth in (2, 4):
+        return -(-count * dtype.bitwidth // 8)
+    return count
+
+
+def _damaged(tensor: onnx.TensorProto, what: str, expected: object, found: object) -> Refused:
+    return refuse(
+        Code.INVALID_MODEL,
+        f"tensor {tensor.name!r} {what}",
+        nodes=(tensor.name,),
+        expected=expected,
+        found=found,
+    )

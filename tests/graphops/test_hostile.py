@@ -1,0 +1,193 @@
+"""Models that nobody means well with: each ends in a result or a typed refusal.
+
+The single cases are what the fuzz run of `benchmarks/fuzz.py` found.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import onnx
+import pytest
+from nets import Net
+from onnx import AttributeProto, TensorProto, helper
+
+import secateur
+from secateur import graphops
+from secateur.errors import Code
+
+FUZZ = pathlib.Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
+
+
+def _model(change: Callable[[onnx.ModelProto], None]) -> bytes:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    y = net.op("Reshape", net.op("Relu", x), net.ints(2, 8, 36))
+    net.output(net.conv(y, 8, 3, rank=3))
+    model = net.model()
+    change(model)
+    return model.SerializeToString()
+
+
+def _plain(change: Callable[[onnx.ModelProto], None]) -> bytes:
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", [2, 4, 6, 6]), 4, 8), name="middle")
+    net.output(net.conv(x, 8, 3))
+    model = net.model()
+    change(model)
+    return model.SerializeToString()
+
+
+def _refused(change: Callable[[onnx.ModelProto], None]) -> secateur.Refusal:
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(_model(change))
+    return caught.value.refusal
+
+
+def _weight(model: onnx.ModelProto) -> TensorProto:
+    model.graph.initializer[0].name = "weight"
+    return model.graph.initializer[0]
+
+
+def _shorter(model: onnx.ModelProto) -> None:
+    _weight(model).raw_data = _weight(model).raw_data[:-3]
+
+
+def _empty(model: onnx.ModelProto) -> None:
+    _weight(model).ClearField("raw_data")
+
+
+def _negative(model: onnx.ModelProto) -> None:
+    _weight(model).dims[0] = -8
+
+
+def _huge(model: onnx.ModelProto) -> None:
+    _weight(model).dims[0] = 2**62
+
+
+def _unknown_type(model: onnx.ModelProto) -> None:
+    _weight(model).data_type = 1000
+
+
+def _other_type(model: onnx.ModelProto) -> None:
+    count = len(_weight(model).raw_data) // 4
+    _weight(model).ClearField("raw_data")
+    _weight(model).int32_data.extend([1] * count)
+
+
+def _twice(model: onnx.ModelProto) -> None:
+    _weight(model).float_data.append(1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [_shorter, _empty, _negative, _huge, _unknown_type, _other_type, _twice]
+)
+def test_a_tensor_that_contradicts_itself_is_refused(
+    change: Callable[[onnx.ModelProto], None],
+) -> None:
+    refusal = _refused(change)
+    assert refusal.code is Code.INVALID_MODEL
+    assert refusal.nodes == ("weight",)
+    assert refusal.expected and refusal.found
+
+
+@pytest.mark.parametrize("value", ["text", [1, 2], 0.5, TensorProto(), onnx.GraphProto()])
+def test_an_attribute_of_the_wrong_kind_is_refused(value: object) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        node = model.graph.node[0]
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("group", value))
+
+    refusal = _refused(change)
+    assert refusal.code is Code.INVALID_MODEL
+    assert "'group'" in refusal.message
+    assert refusal.expected == "INT"
+
+
+def test_an_attribute_of_an_unknown_kind_is_refused() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        kind = model.graph.node[0].attribute[0]
+        kind.type = AttributeProto.TYPE_PROTO
+
+    assert _refused(change).found == "TYPE_PROTO"
+
+
+@pytest.mark.parametrize("sizes", [(-1, 4), (2**31, 2**20)])
+def test_a_sparse_initializer_of_wild_size_is_refused(sizes: tuple[int, int]) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        sparse = model.graph.sparse_initializer.add()
+        sparse.dims.extend(sizes)
+        sparse.values.CopyFrom(helper.make_tensor("s", TensorProto.FLOAT, [1], [1.0]))
+        sparse.indices.CopyFrom(helper.make_tensor("i", TensorProto.INT64, [1], [0]))
+
+    assert _refused(change).code is Code.INVALID_MODEL
+
+
+def test_a_group_of_nonsensical_size_freezes() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[2].attribute[0].i = 2**40
+
+    assert not graphops.inspect(_plain(change)).groups
+
+
+def test_a_tensor_without_elements_has_nothing_to_cut() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        empty = helper.make_tensor("none", TensorProto.FLOAT, [0, 2**62], [])
+        model.graph.initializer.append(empty)
+        model.graph.node.add(op_type="Neg", input=["none"], output=["nothing"])
+
+    assert graphops.inspect(_model(change)).groups
+
+
+def test_a_node_made_of_too_many_positions_is_left_alone() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        sizes = helper.make_tensor("sizes", TensorProto.INT64, [2], [2**40, 3])
+        model.graph.initializer.append(sizes)
+        model.graph.node.add(op_type="ConstantOfShape", input=["sizes"], output=["wide"])
+        model.graph.node.add(op_type="Neg", input=["wide"], output=["wide_too"])
+
+    assert graphops.inspect(_model(change)).groups
+
+
+def test_a_node_that_lacks_inputs_stops_nothing_but_itself() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        del model.graph.node[-1].input[1:]
+
+    content = _plain(change)
+    assert not graphops.inspect(content).groups
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.prune(content, measure_latency=False)
+    assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
+
+
+def test_an_input_too_large_to_make_up_is_refused() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 2**40
+
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.prune(_plain(change), measure_latency=False)
+    assert caught.value.refusal.code is Code.LIMIT_EXCEEDED
+
+
+def test_an_axis_that_is_not_there_is_left_to_the_runtime() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        value = helper.make_tensor("none", TensorProto.INT64, [1], [0])
+        model.graph.initializer.append(value)
+        model.graph.node[1].op_type = "Gather"  # of an axis that is not there
+        model.graph.node[1].input.append("none")
+        model.graph.node[1].attribute.append(helper.make_attribute("axis", 9))
+
+    graphops.inspect(_model(change))
+
+
+@pytest.mark.timeout(120)
+def test_a_short_fuzz_run_is_clean() -> None:
+    command = [sys.executable, str(FUZZ), "--seed", "0", "--inputs", "2000", "--seconds", "35"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    examined = re.search(r"(\d+) inputs", done.stdout)
+    assert examined is not None and int(examined[1]) > 50
