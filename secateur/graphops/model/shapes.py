@@ -42,6 +42,7 @@ _IMAGES = (  # height, width; a line of text is 32 or 48 high
 )
 _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
+_LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,9 @@ class _Skeleton:
         types = dict(self._constants)
         del self._proto.graph.input[self._fixed_inputs :]
         for name, shape in binding.items():
-            types[name] = onnx.helper.make_tensor_type_proto(self._input_types[name], shape)
+            # onnx makes as many axes as a vector of sizes is long, and does not ask how many.
+            told = None if len(shape) == 1 and shape[0] > _LONGEST_SHAPE else shape
+            types[name] = onnx.helper.make_tensor_type_proto(self._input_types[name], told)
             self._proto.graph.input.append(onnx.ValueInfoProto(name=name, type=types[name]))
         for info in self._whole_graph(strict):
             types.setdefault(info.name, info.type)
