@@ -7,7 +7,6 @@ here, `CRITERION_L2` is `l2`.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import pydantic
 from google.protobuf import any_pb2, json_format, message
 from google.rpc import error_details_pb2, status_pb2
 
+from secateur._address import is_loopback
 from secateur.errors import (
     Cancelled,
     Code,
@@ -239,16 +239,6 @@ def channel_options(target: str) -> tuple[tuple[str, int], ...]:
         # a proxy set in the environment knows no way back to this machine
         return (*MESSAGE_OPTIONS, ("grpc.enable_http_proxy", 0))
     return MESSAGE_OPTIONS
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, by name or address, is this machine for certain."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False  # a name may resolve to anything
 
 
 # ---- blobs -------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from secateur.errors import Cancelled, SecateurError
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.result import write_atomically
+from secateur.service.command import serve
 
 if TYPE_CHECKING:
     from secateur.result import Result
@@ -247,53 +248,7 @@ def profile(
         _show.profile(found, model, against)
 
 
-@app.command()
-@_reported
-def serve(
-    listen: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Port 0 takes any free one; or unix:PATH.")
-    ] = "127.0.0.1:50051",
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Jobs that run at once; default: the cores.")
-    ] = None,
-    folder: Annotated[
-        pathlib.Path | None,
-        typer.Option(metavar="FOLDER", help="Where blobs lie; default: a temporary one."),
-    ] = None,
-    grace: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Time that running calls get at a stop.")
-    ] = 10.0,
-    insecure_public: Annotated[
-        bool,
-        typer.Option(
-            "--insecure-public",
-            help="Allow an address that other machines reach, with no credentials asked.",
-        ),
-    ] = False,
-    log_level: Annotated[
-        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
-    ] = "info",
-) -> None:
-    """Serve. Prints one line, `listening on ADDRESS`, once calls are taken."""
-    import asyncio
-    import logging
-
-    from secateur.service.config import ServerConfig
-    from secateur.service.server import serve as run
-
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise typer.BadParameter(f"unknown level {log_level!r}", param_hint="--log-level")
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    chosen: dict[str, Any] = {} if workers is None else {"workers": workers}
-    config = ServerConfig(
-        listen=listen, folder=folder, grace_s=grace, insecure_public=insecure_public, **chosen
-    )
-    try:
-        config.check()
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    asyncio.run(run(config, lambda address: typer.echo(f"listening on {address}")))
+app.command()(_reported(serve))
 
 
 def _version(wanted: bool) -> None:

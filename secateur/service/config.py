@@ -1,12 +1,17 @@
-"""What an operator may set."""
+"""What an operator may set: one definition for the YAML file, the flags and the code."""
 
 from __future__ import annotations
 
+import enum
 import os
 import pathlib
-from dataclasses import dataclass, field
+from typing import Any
 
-from secateur._wire import is_loopback
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from secateur._address import is_loopback
 
 
 def _cores() -> int:
@@ -16,48 +21,102 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """Settings of one server.
+class LogFormat(enum.StrEnum):
+    """How log lines look."""
 
-    Attributes:
-        listen: `host:port`, port 0 for any free one; or `unix:PATH`.
-        workers: jobs that run at once; more wait their turn.
-        folder: where blobs and jobs lie; None: a temporary one that goes with the server.
-        insecure_public: allow an address that other machines reach, although nobody has to say who
-            they are. For containers, whose own network is the wall.
-        grace_s: seconds that running calls get to finish when the server is told to stop.
-        max_blob_bytes: largest blob taken.
-        blob_ttl_s: seconds after which a blob that nobody used is removed.
-        jobs_per_worker: jobs after which a worker process is replaced. 1 isolates jobs from one
-            another, for a second of imports each.
+    TEXT = "text"
+    JSON = "json"
+
+
+class ServerConfig(BaseModel):
+    """Settings of one server. Each is a key of the YAML file and a flag of `secateur serve`.
+
+    Units are in the names: `_s` seconds, `_bytes` bytes. The flag of a field is its name with
+    hyphens, without `_s`.
     """
 
-    listen: str = "127.0.0.1:50051"
-    workers: int = field(default_factory=_cores)
-    folder: pathlib.Path | None = None
-    insecure_public: bool = False
-    grace_s: float = 10.0
-    max_blob_bytes: int = 4 << 30
-    blob_ttl_s: float = 3600.0
-    jobs_per_worker: int = 64
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: str = Field(
+        "127.0.0.1:50051", description="HOST:PORT; port 0 takes any free one; or unix:PATH."
+    )
+    workers: int = Field(
+        default_factory=_cores, ge=1, description="Jobs that run at once; default: the cores."
+    )
+    folder: pathlib.Path | None = Field(
+        None, description="Where blobs and jobs lie; default: a temporary one."
+    )
+    insecure_public: bool = Field(
+        False,
+        description="Allow an address that other machines reach, with no credentials asked: for "
+        "containers, whose own network is the wall.",
+    )
+    grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
+    max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
+    blob_ttl_s: float = Field(
+        3600.0, gt=0, description="Age at which a blob that nobody used is removed."
+    )
+    jobs_per_worker: int = Field(
+        64,
+        ge=1,
+        description="Jobs after which a worker process is replaced. 1 isolates jobs from one "
+        "another, for a second of imports each.",
+    )
+    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_format: LogFormat = Field(LogFormat.TEXT, description="text or json, a line per event.")
+
+    @classmethod
+    def load(cls, file: pathlib.Path | None, flags: dict[str, Any]) -> ServerConfig:
+        """The settings of a YAML file, each of which a flag overrides; then checked.
+
+        Raises:
+            ValueError: a setting is unknown, makes no sense or is not safe; with a sentence that
+                says which and what to do.
+        """
+        try:
+            config = cls.model_validate({**(_read(file) if file else {}), **flags})
+        except pydantic.ValidationError as error:
+            raise ValueError("; ".join(_sentence(item) for item in error.errors())) from None
+        config.check()
+        return config
 
     def check(self) -> None:
-        """Refuses settings that make no sense or are not safe.
+        """Refuses settings that do not go together.
 
         Raises:
             ValueError: with a sentence that says which and what to do.
         """
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, not {self.workers}")
-        if not self.listen.startswith("unix:"):
-            host, colon, port = self.listen.rpartition(":")
-            if not colon or not port.isdecimal() or int(port) > 65535:
-                raise ValueError(f"listen must be HOST:PORT, not {self.listen!r}")
-            # with TLS and tokens, credentials will be the other way to be allowed here
-            if not (self.insecure_public or is_loopback(host)):
-                raise ValueError(
-                    f"{self.listen} can be reached from other machines, and this server asks "
-                    "nobody who they are: listen on 127.0.0.1, or say --insecure-public if the "
-                    "network around it is closed"
-                )
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ValueError(f"log_level must be debug, info, warning or error: {self.log_level!r}")
+        if self.listen.startswith("unix:") or is_loopback(_host(self.listen, "listen")):
+            return
+        # with TLS and tokens, credentials will be the other way to be allowed here
+        if not self.insecure_public:
+            raise ValueError(
+                f"{self.listen} can be reached from other machines, and this server asks "
+                "nobody who they are: listen on 127.0.0.1, or say --insecure-public if the "
+                "network around it is closed"
+            )
+
+
+def _host(address: str, setting: str) -> str:
+    """The host of `HOST:PORT`. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{setting} must be HOST:PORT, not {address!r}")
+    return host
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} must hold `key: value` lines, not a {type(fields).__name__}")
+    return fields
+
+
+def _sentence(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    return f"{name}: {error['msg']}, not {error['input']!r}"

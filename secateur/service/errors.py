@@ -20,6 +20,7 @@ from google.rpc import status_pb2
 
 from secateur import _wire
 from secateur.errors import Refused
+from secateur.service import logs
 
 log = logging.getLogger("secateur.service")
 
@@ -107,6 +108,7 @@ class _Call:
         self._id = uuid.uuid4().hex
         self._start = time.monotonic()
         self._outcome = "OK"
+        logs.add_ids(request=self._id)
 
     async def __aenter__(self) -> _Call:
         return self
@@ -115,7 +117,8 @@ class _Call:
         if error is not None and not isinstance(error, Exception):
             self._outcome = "CANCELLED"  # by the client, by its deadline, or by a stop
         seconds = time.monotonic() - self._start
-        log.info("%s %s %s %.3f s", self._id, self._method, self._outcome, seconds)
+        extra = logs.fields(method=self._method, code=self._outcome, seconds=round(seconds, 6))
+        log.info("call ended", extra=extra)
 
     async def abort(self, error: Exception) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError):
@@ -125,9 +128,9 @@ class _Call:
         self._outcome = code.name
         if isinstance(error, CallError):
             level = logging.WARNING if code is grpc.StatusCode.INTERNAL else logging.DEBUG
-            log.log(level, "%s %s: %s", self._id, self._method, error)
+            log.log(level, "%s: %s", self._method, error)
         elif not isinstance(error, Refused):
-            log.error("%s %s failed", self._id, self._method, exc_info=error)
+            log.error("%s failed", self._method, exc_info=error)
         details = (
             (_wire.STATUS_KEY, status.SerializeToString()),
             (_wire.REQUEST_ID_KEY, self._id),

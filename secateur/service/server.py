@@ -45,7 +45,7 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
     """Serves until SIGTERM or SIGINT; then lets running calls finish, for a while.
 
     Args:
-        config: checked here.
+        config: checked here as well.
         ready: called with the address once the server takes calls, the chosen port in it.
 
     Raises:
