@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pydantic
-from google.protobuf import any_pb2, json_format, message
+from google.protobuf import any_pb2, duration_pb2, json_format, message
 from google.rpc import error_details_pb2, status_pb2
 
 from secateur._address import is_loopback
@@ -165,14 +165,24 @@ def failure_to_status(
     reason: str,
     request_id: str,
     info: dict[str, str] | None = None,
+    retry_s: float | None = None,
 ) -> status_pb2.Status:
-    """The gRPC status of any failure: a google.rpc.ErrorInfo and a RequestInfo as details."""
+    """The gRPC status of any failure, with details from google.rpc.
+
+    Always an ErrorInfo and a RequestInfo; with `retry_s`, a RetryInfo that says after how many
+    seconds the same call may succeed.
+    """
     status = status_pb2.Status(code=code.value[0], message=text)
     known = {key: value for key, value in (info or {}).items() if value}
-    for detail in (
+    details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=known),
         error_details_pb2.RequestInfo(request_id=request_id),
-    ):
+    ]
+    if retry_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(retry_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)

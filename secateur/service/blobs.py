@@ -1,9 +1,13 @@
 """Blobs: files named by the SHA-256 of their content, and the uploads that become blobs.
 
-    FOLDER/blobs/ab/abcd…           whole, checked, read-only
-    FOLDER/uploads/UUID-abcd…-SIZE  what has arrived of an upload
-    FOLDER/jobs/ID/                 what one job works on; blobs come in as hard links, so that
-                                    removing a blob never takes it from a running job
+    FOLDER/blobs/ab/abcd…               whole, checked, read-only
+    FOLDER/uploads/TAG-UUID-abcd…-SIZE  what has arrived of an upload; TAG stands for the client
+    FOLDER/jobs/ID/                     what one job works on; blobs come in as hard links, so that
+                                        removing a blob never takes it from a running job
+
+Who has which blob is a row in the repository, written when the file is in its place and removed
+before the file is: a row always has a file. With an object store (`remote`), blobs lie there too,
+and the folder holds those that were used lately.
 
 Functions here block; callers in the event loop use threads.
 """
@@ -17,7 +21,6 @@ import pathlib
 import re
 import shutil
 import threading
-import time
 import uuid
 from dataclasses import dataclass
 from typing import IO
@@ -26,7 +29,10 @@ import grpc
 
 from secateur.errors import Code, refuse
 from secateur.service.errors import CallError
+from secateur.service.operations import Repository
+from secateur.service.remote import RemoteBlobs, tag
 
+_ROOM_RETRY_S = 30.0  # when to ask again for room on the disk: operations expire meanwhile
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BLOB = re.compile(r"blobs/(?P<sha256>[0-9a-f]{64})/(?P<size>0|[1-9][0-9]{0,18})")
 _UPLOAD = re.compile(r"uploads/(?P<uuid>[0-9a-f-]{36})/(?P<blob>blobs/.*)")
@@ -55,6 +61,11 @@ class BlobName:
         return cls(sha256, size)
 
 
+def _not_stored(error: OSError) -> CallError:
+    text = f"the server cannot store it: {error.strerror or error}"
+    return CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE", text)
+
+
 def _bad_name(found: str, expected: str) -> CallError:
     text = f"bad name {found[:200]!r}: expected {expected}"
     return CallError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_RESOURCE_NAME", text)
@@ -68,15 +79,18 @@ class Upload:
         committed: bytes that have arrived.
     """
 
-    def __init__(self, store: BlobStore, blob: BlobName, aside: pathlib.Path) -> None:
+    def __init__(
+        self, store: BlobStore, client: str, blob: BlobName, aside: pathlib.Path, now: float
+    ) -> None:
         self._store = store
+        self._client = client
         self._aside = aside
         self._lock = threading.Lock()
         self._writer = 0
         self._hash = hashlib.sha256()
         self.blob = blob
         self.committed = 0
-        self.touched = time.time()
+        self.touched = now
         if aside.exists():  # of a server before this one
             with aside.open("rb") as file:
                 while chunk := file.read(1 << 20):
@@ -110,11 +124,10 @@ class Upload:
                 file.flush()
             except OSError as error:  # how much was written is not known
                 self._store.forget(self)
-                text = f"the server cannot store it: {error.strerror}"
-                raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE", text) from error
+                raise _not_stored(error) from error
             self._hash.update(data)
             self.committed += len(data)
-            self.touched = time.time()
+            self.touched = self._store.now()
 
     def finish(self) -> None:
         """Checks what arrived and makes it a blob. Raises CallError INVALID_ARGUMENT."""
@@ -128,7 +141,7 @@ class Upload:
                 if found != self.blob.sha256:
                     text = f"the bytes have SHA-256 {found}, but the name states {self.blob.sha256}"
                     raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "WRONG_DIGEST", text)
-                self._store.keep(self._aside, self.blob)
+                self._store.keep(self._client, self._aside, self.blob)
             finally:
                 self._aside.unlink(missing_ok=True)
 
@@ -138,61 +151,91 @@ class BlobStore:
 
     Args:
         folder: made when it is not there.
+        repository: who has which blob.
         max_bytes: of one blob.
+        quota: bytes of all blobs and uploads together; above it, the longest unused go.
         ttl_s: seconds after which what nobody used may be removed.
         durable: whether blobs are synced to the disk before they are named.
+        remote: the object store in which blobs lie as well.
     """
 
     def __init__(
-        self, folder: pathlib.Path, *, max_bytes: int, ttl_s: float, durable: bool
+        self,
+        folder: pathlib.Path,
+        repository: Repository,
+        *,
+        max_bytes: int,
+        quota: int,
+        ttl_s: float,
+        durable: bool,
+        remote: RemoteBlobs | None = None,
     ) -> None:
+        self._repository = repository
+        self._remote = remote
         self._blobs = folder / "blobs"
         self._asides = folder / "uploads"
         self._jobs = folder / "jobs"
         self._max_bytes = max_bytes
+        self._quota = quota
         self._ttl_s = ttl_s
         self._durable = durable
         self._uploads: dict[str, Upload] = {}
-        self._lock = threading.Lock()
+        self._left_over: dict[str, float] = {}  # uploads of a server before this one: first seen
+        self._lock = threading.Lock()  # of the uploads
+        self._naming = threading.Lock()  # of what file and row must agree on
         shutil.rmtree(self._jobs, ignore_errors=True)  # of a server that was killed
         for part in (self._blobs, self._asides, self._jobs):
             part.mkdir(parents=True, exist_ok=True)
+        known = repository.blobs()
+        for path in self._blobs.glob("*/*"):
+            if path.name not in known:  # killed between the file and its row
+                path.unlink()
+
+    def now(self) -> float:
+        """The time by which uploads age."""
+        return self._repository.now()
 
     # ---- reading ----
 
-    def find(self, blob: BlobName) -> pathlib.Path | None:
-        """The file of a blob, marked as used now; None when it is not here."""
-        path = self._path(blob)
-        try:
-            os.utime(path)
-            return path if path.stat().st_size == blob.size else None
-        except FileNotFoundError:
-            return None
+    def find(self, client: str, blob: BlobName) -> pathlib.Path | None:
+        """The file of a client's blob, marked as used now; None when the client has none such."""
+        path = self._path(blob.sha256)
+        if self._repository.use_blob(client, blob.sha256) == blob.size and path.exists():
+            return path
+        return self._fetch(client, blob)
 
-    def get(self, blob: BlobName) -> pathlib.Path:
+    def get(self, client: str, blob: BlobName) -> pathlib.Path:
         """The file of a blob, marked as used now. Raises CallError NOT_FOUND."""
-        path = self.find(blob)
+        path = self.find(client, blob)
         if path is None:
-            text = f"blob {blob.sha256} of {blob.size} bytes is not here; upload it first"
-            raise CallError(grpc.StatusCode.NOT_FOUND, "BLOB_NOT_FOUND", text)
+            raise _no_blob(blob)
         return path
 
-    def link(self, blob: BlobName, target: pathlib.Path) -> None:
+    def open(self, client: str, blob: BlobName) -> IO[bytes]:
+        """A blob to read from, which stays whole until it is closed. Raises as `get`."""
+        try:
+            return self.get(client, blob).open("rb", buffering=0)
+        except FileNotFoundError:  # evicted since
+            raise _no_blob(blob) from None
+
+    def link(self, client: str, blob: BlobName, target: pathlib.Path) -> None:
         """Makes a blob appear at `target`, in a job's folder. Raises as `get`."""
-        path = self.get(blob)
+        path = self.get(client, blob)
         try:
             os.link(path, target)
+        except FileNotFoundError:  # evicted since
+            raise _no_blob(blob) from None
         except OSError:  # a file system without hard links
             shutil.copyfile(path, target)
 
     # ---- writing ----
 
-    def upload(self, resource: str, *, create: bool) -> Upload | BlobName:
+    def upload(self, client: str, resource: str, *, create: bool) -> Upload | BlobName:
         """The upload of a resource name, or its blob when that is whole already.
 
         Raises:
             CallError: INVALID_ARGUMENT for a bad name, NOT_FOUND without `create` when nothing of
-                it has arrived.
+                it has arrived, RESOURCE_EXHAUSTED when there is no room for it.
             Refused: `LIMIT_EXCEEDED` for a blob that is too large.
         """
         match = _UPLOAD.fullmatch(resource)
@@ -206,36 +249,51 @@ class BlobStore:
                 expected=f"at most {self._max_bytes}",
                 found=blob.size,
             )
-        if self.find(blob) is not None:
+        if self.find(client, blob) is not None:
             return blob
-        aside = self._asides / f"{match['uuid']}-{blob.sha256}-{blob.size}"
+        aside = self._asides / f"{tag(client)}-{match['uuid']}-{blob.sha256}-{blob.size}"
         with self._lock:
             known = self._uploads.get(aside.name)
             if known is None and (create or aside.exists()):
-                known = self._uploads[aside.name] = Upload(self, blob, aside)
+                self._make_room(blob.size)
+                known = Upload(self, client, blob, aside, self.now())
+                self._uploads[aside.name] = known
+                self._left_over.pop(aside.name, None)
         if known is None:
             text = "nothing of this upload has arrived"
             raise CallError(grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", text)
         return known
 
-    def adopt(self, path: pathlib.Path) -> BlobName:
-        """Makes the file at `path` a blob; `path` is gone after."""
+    def adopt(self, client: str, path: pathlib.Path) -> BlobName:
+        """Makes the file at `path` a client's blob; `path` is gone after."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         blob = BlobName(digest, path.stat().st_size)
-        self.keep(path, blob)
+        if self.find(client, blob) is None:
+            with self._lock:
+                self._make_room(blob.size)
+            self.keep(client, path, blob)
         return blob
 
-    def keep(self, path: pathlib.Path, blob: BlobName) -> None:
-        """Names a file, whose content was checked, as a blob."""
-        target = self._path(blob)
-        target.parent.mkdir(exist_ok=True)
-        path.chmod(0o444)
-        if self._durable:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        path.replace(target)
+    def adopt_bytes(self, client: str, content: bytes) -> BlobName:
+        """Makes `content` a client's blob."""
+        aside = self._asides / f"{tag(client)}-{uuid.uuid4()}-inline"
+        try:
+            aside.write_bytes(content)
+            return self.adopt(client, aside)
+        except OSError as error:
+            raise _not_stored(error) from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def keep(self, client: str, path: pathlib.Path, blob: BlobName) -> None:
+        """Names a file, whose content was checked, as a client's blob."""
+        try:
+            if self._remote is not None:
+                self._remote.put(client, blob.sha256, path)
+            self._name(client, path, blob)
+        except OSError as error:
+            raise _not_stored(error) from error
 
     def forget(self, upload: Upload, *, keep_file: bool = False) -> None:
         """Drops an upload, with its file unless told otherwise."""
@@ -259,16 +317,86 @@ class BlobStore:
         shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Removes blobs and uploads that nobody used for a while."""
-        oldest = time.time() - self._ttl_s
+        """Removes blobs and uploads that nobody used for a while, and no operation needs."""
+        self._evict(unused_s=self._ttl_s)
+        now = self.now()
         with self._lock:
-            idle = [upload for upload in self._uploads.values() if upload.touched < oldest]
+            idle = [u for u in self._uploads.values() if u.touched < now - self._ttl_s]
+            kept = set(self._uploads)
         for upload in idle:
             self.forget(upload)
-        for path in (*self._blobs.glob("*/*"), *self._asides.iterdir()):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+        for path in self._asides.iterdir():
+            if path.name not in kept and (
+                self._left_over.setdefault(path.name, now) < now - self._ttl_s
+            ):
+                path.unlink(missing_ok=True)
+                del self._left_over[path.name]
 
-    def _path(self, blob: BlobName) -> pathlib.Path:
-        return self._blobs / blob.sha256[:2] / blob.sha256
+    # ---- files ----
+
+    def _path(self, sha256: str) -> pathlib.Path:
+        return self._blobs / sha256[:2] / sha256
+
+    def _fetch(self, client: str, blob: BlobName) -> pathlib.Path | None:
+        """A blob's file from the object store; None when it is not there either."""
+        if self._remote is None or self._remote.size(client, blob.sha256) != blob.size:
+            return None
+        with self._lock:
+            self._make_room(blob.size)
+        aside = self._asides / f"{tag(client)}-{uuid.uuid4()}-fetched"
+        try:
+            self._remote.fetch(client, blob.sha256, aside)
+            with aside.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != blob.sha256:
+                    return None
+            self._name(client, aside, blob)
+        except OSError as error:
+            raise _not_stored(error) from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return self._path(blob.sha256)
+
+    def _name(self, client: str, path: pathlib.Path, blob: BlobName) -> None:
+        target = self._path(blob.sha256)
+        path.chmod(0o444)
+        if self._durable:
+            _sync(path)
+        with self._naming:
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+            if self._durable:
+                _sync(target.parent)
+                _sync(self._blobs)
+            self._repository.add_blob(client, blob.sha256, blob.size)
+
+    def _make_room(self, size: int) -> None:
+        """Evicts until `size` more bytes fit. Raises CallError RESOURCE_EXHAUSTED."""
+        arriving = sum(upload.blob.size for upload in self._uploads.values())
+        excess = self._repository.stored() + arriving + size - self._quota
+        if excess > 0:
+            self._evict(at_least=excess)
+            excess = self._repository.stored() + arriving + size - self._quota
+        if excess > 0:
+            text = f"the server's {self._quota} bytes for blobs are in use by {excess} too many"
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            raise CallError(code, "DISK_QUOTA", text, retry_s=_ROOM_RETRY_S)
+
+    def _evict(self, *, unused_s: float = 0.0, at_least: int | None = None) -> None:
+        with self._naming:
+            for sha256 in self._repository.evict(unused_s=unused_s, at_least=at_least):
+                with contextlib.suppress(FileNotFoundError):
+                    self._path(sha256).unlink()
+
+
+def _no_blob(blob: BlobName) -> CallError:
+    text = f"blob {blob.sha256} of {blob.size} bytes is not here; upload it first"
+    return CallError(grpc.StatusCode.NOT_FOUND, "BLOB_NOT_FOUND", text)
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

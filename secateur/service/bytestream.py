@@ -10,6 +10,7 @@ import grpc
 
 from secateur import _wire
 from secateur.service.blobs import BlobName, BlobStore, Upload
+from secateur.service.callers import client_of
 from secateur.service.errors import CallError
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc
 
@@ -23,12 +24,11 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
     async def Read(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Sends a blob, or a part of it, in chunks."""
         blob = BlobName.parse(request.resource_name)
-        path = await asyncio.to_thread(self._store.get, blob)
         if not 0 <= request.read_offset <= blob.size or request.read_limit < 0:
             text = f"offset {request.read_offset}, limit {request.read_limit} of {blob.size} bytes"
             raise CallError(grpc.StatusCode.OUT_OF_RANGE, "OUT_OF_RANGE", text)
         left = request.read_limit or blob.size
-        with path.open("rb") as file:
+        with await asyncio.to_thread(self._store.open, client_of(context), blob) as file:
             file.seek(request.read_offset)
             while chunk := await asyncio.to_thread(file.read, min(_wire.CHUNK, left)):
                 left -= len(chunk)
@@ -41,7 +41,8 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
         if first is None:
             text = "the stream has no message"
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_STREAM", text)
-        found = await asyncio.to_thread(self._store.upload, first.resource_name, create=True)
+        client, name = client_of(context), first.resource_name
+        found = await asyncio.to_thread(self._store.upload, client, name, create=True)
         if isinstance(found, BlobName):
             return bytestream_pb2.WriteResponse(committed_size=found.size)
         writer, file = await asyncio.to_thread(found.open)
@@ -53,7 +54,8 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
 
     async def QueryWriteStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tells how much of an upload has arrived."""
-        found = await asyncio.to_thread(self._store.upload, request.resource_name, create=False)
+        client, name = client_of(context), request.resource_name
+        found = await asyncio.to_thread(self._store.upload, client, name, create=False)
         whole = isinstance(found, BlobName)
         return bytestream_pb2.QueryWriteStatusResponse(
             committed_size=found.size if isinstance(found, BlobName) else found.committed,

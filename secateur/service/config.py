@@ -53,8 +53,32 @@ class ServerConfig(BaseModel):
     )
     grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
     max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
+    max_stored_bytes: int = Field(
+        64 << 30,
+        ge=1,
+        description="Of all blobs and uploads together; above it, the longest unused go.",
+    )
     blob_ttl_s: float = Field(
-        3600.0, gt=0, description="Age at which a blob that nobody used is removed."
+        3600.0,
+        gt=0,
+        description="Age at which a blob is removed that nobody used and no operation needs.",
+    )
+    operation_ttl_s: float = Field(
+        7 * 86400.0, gt=0, description="Time for which an operation that ended can be asked for."
+    )
+    max_attempts: int = Field(
+        3,
+        ge=1,
+        description="Times that an operation may run: again when a server or a worker died over "
+        "it, which may be its own doing.",
+    )
+    cache: bool = Field(
+        True, description="Answer a prune that was done before with its result from then."
+    )
+    object_store: str | None = Field(
+        None,
+        description="URL of an object store where blobs lie too: s3://BUCKET/PREFIX, gs://…, "
+        "az://… or file:///FOLDER.",
     )
     jobs_per_worker: int = Field(
         64,

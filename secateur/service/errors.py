@@ -24,7 +24,11 @@ from secateur.service import logs
 
 log = logging.getLogger("secateur.service")
 
-_OURS = ("/secateur.", "/google.bytestream.")  # health and reflection map their own errors
+_OURS = (
+    "/secateur.",
+    "/google.bytestream.",
+    "/google.longrunning.",
+)  # health and reflection map their own errors
 
 
 class CallError(Exception):
@@ -34,12 +38,16 @@ class CallError(Exception):
         code: the gRPC status.
         reason: stable name, the `reason` of the status' google.rpc.ErrorInfo.
         text: one sentence for people.
+        retry_s: seconds after which the same call may succeed; None: nothing is known of that.
     """
 
-    def __init__(self, code: grpc.StatusCode, reason: str, text: str) -> None:
+    def __init__(
+        self, code: grpc.StatusCode, reason: str, text: str, retry_s: float | None = None
+    ) -> None:
         super().__init__(text)
         self.code = code
         self.reason = reason
+        self.retry_s = retry_s
 
 
 def status_of(error: Exception, request_id: str) -> status_pb2.Status:
@@ -47,7 +55,9 @@ def status_of(error: Exception, request_id: str) -> status_pb2.Status:
     if isinstance(error, Refused):
         return _wire.refusal_to_status(error.refusal, request_id)
     if isinstance(error, CallError):
-        return _wire.failure_to_status(error.code, str(error), error.reason, request_id)
+        return _wire.failure_to_status(
+            error.code, str(error), error.reason, request_id, retry_s=error.retry_s
+        )
     text = f"internal error; the server's log has more under request {request_id}"
     return _wire.failure_to_status(grpc.StatusCode.INTERNAL, text, "INTERNAL", request_id)
 

@@ -8,12 +8,14 @@ import fcntl
 import logging
 import pathlib
 import signal
+import sqlite3
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import IO
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import IO, Any
 
 import grpc.aio
+from google.longrunning import operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -23,8 +25,13 @@ from secateur.errors import ServerError
 from secateur.service.blobs import BlobStore
 from secateur.service.bytestream import ByteStream
 from secateur.service.config import ServerConfig
-from secateur.service.errors import ErrorMap
+from secateur.service.errors import CallError, ErrorMap
+from secateur.service.jobs import Jobs
+from secateur.service.longrunning import Operations
+from secateur.service.operations import Repository
 from secateur.service.pool import WorkerPool
+from secateur.service.remote import RemoteBlobs
+from secateur.service.runner import Runner
 from secateur.service.servicer import Pruning
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc, pruning_pb2, pruning_pb2_grpc
 
@@ -33,6 +40,7 @@ log = logging.getLogger("secateur.service")
 SERVICES = (
     pruning_pb2.DESCRIPTOR.services_by_name["Pruning"].full_name,
     bytestream_pb2.DESCRIPTOR.services_by_name["ByteStream"].full_name,
+    "google.longrunning.Operations",
 )
 
 _OPTIONS = (
@@ -55,17 +63,19 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
     config.check()
     stop = asyncio.Event()
     with _home(config) as folder, _signals(stop) as force:
-        store = BlobStore(
-            folder,
-            max_bytes=config.max_blob_bytes,
-            ttl_s=config.blob_ttl_s,
-            durable=config.folder is not None,
-        )
+        repository, store = _storage(config, folder)
         pool = WorkerPool(config.workers, config.jobs_per_worker)
+        jobs = Jobs(pool, store, repository, cache=config.cache)
+        runner = Runner(repository, jobs, workers=config.workers, max_attempts=config.max_attempts)
         health = health_aio.HealthServicer()
-        server = _build(pool, store, health)
+        server = _build(jobs, runner, store, health)
         address = _bind(server, config)
-        async with _working(pool), _sweeping(store, config.blob_ttl_s):
+        async with (
+            _closing(repository),
+            _working(pool),
+            _forever(runner.run(), stop),
+            _forever(_sweep(repository, store, config), stop),
+        ):
             await server.start()
             for name in ("", *SERVICES):
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -78,12 +88,35 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
             await _drain(server, config.grace_s, force)
 
 
+def _storage(config: ServerConfig, folder: pathlib.Path) -> tuple[Repository, BlobStore]:
+    """Where operations and blobs lie. Raises ServerError."""
+    durable = config.folder is not None
+    try:
+        remote = RemoteBlobs(config.object_store) if config.object_store else None
+        repository = Repository(
+            folder / "operations.sqlite", durable=durable, ttl_s=config.operation_ttl_s
+        )
+        store = BlobStore(
+            folder,
+            repository,
+            max_bytes=config.max_blob_bytes,
+            quota=config.max_stored_bytes,
+            ttl_s=config.blob_ttl_s,
+            durable=durable,
+            remote=remote,
+        )
+    except (OSError, ValueError, sqlite3.Error) as error:
+        raise ServerError(f"the server's storage cannot be used: {error}") from error
+    return repository, store
+
+
 def _build(
-    pool: WorkerPool, store: BlobStore, health: health_aio.HealthServicer
+    jobs: Jobs, runner: Runner, store: BlobStore, health: health_aio.HealthServicer
 ) -> grpc.aio.Server:
     # more interceptors (who may, how much, what is measured) come before the error map
     server = grpc.aio.server(interceptors=(ErrorMap(),), options=_OPTIONS)
-    pruning_pb2_grpc.add_PruningServicer_to_server(Pruning(pool, store), server)
+    pruning_pb2_grpc.add_PruningServicer_to_server(Pruning(jobs, runner), server)
+    operations_pb2_grpc.add_OperationsServicer_to_server(Operations(runner), server)
     bytestream_pb2_grpc.add_ByteStreamServicer_to_server(ByteStream(store), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -167,17 +200,37 @@ async def _working(pool: WorkerPool) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _sweeping(store: BlobStore, ttl_s: float) -> AsyncIterator[None]:
-    async def sweep() -> None:
-        while True:
-            await asyncio.sleep(min(60.0, ttl_s / 4))
-            try:
-                await asyncio.to_thread(store.sweep)
-            except OSError:
-                log.exception("old blobs could not be removed")
+async def _closing(repository: Repository) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        repository.close()
 
-    task = asyncio.ensure_future(sweep())
+
+@contextlib.asynccontextmanager
+async def _forever(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> AsyncIterator[None]:
+    """Has something done beside, until the block ends; sets `stop` should it end before."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("the server cannot go on", exc_info=task.exception())
+            stop.set()
+
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(ended)
     try:
         yield
     finally:
         task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _sweep(repository: Repository, store: BlobStore, config: ServerConfig) -> None:
+    """Removes what is old: operations, then blobs that none of them needs any more."""
+    while True:
+        await asyncio.sleep(min(60.0, config.blob_ttl_s / 4, config.operation_ttl_s / 4))
+        try:
+            await asyncio.to_thread(repository.expire)
+            await asyncio.to_thread(store.sweep)
+        except (OSError, sqlite3.Error, CallError):
+            log.exception("what is old could not be removed")

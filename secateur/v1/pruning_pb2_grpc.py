@@ -76,8 +76,11 @@ class PruningServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartPrune(self, request, context):
-        """Starts a prune that outlives the call. The operation's metadata is a PruneMetadata, its response
-        a PruneResult. Not available yet: this version answers UNIMPLEMENTED.
+        """Starts a prune that outlives the call, the connection and the server's process. The operation's
+        metadata is a PruneMetadata, its response a PruneResult whose payloads are blobs. Operations are
+        read, waited for, cancelled and deleted by google.longrunning.Operations; its ListOperations
+        gives the newest first, without responses, and filters by `state=…` (a value of OperationState
+        without prefix) and `done=true|false`, joined by ` AND `.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -112,7 +112,8 @@ def frozen(pid: int) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that tests share; they may end its workers, not it."""
-    running = Server(tmp_path_factory.mktemp("server"))
+    # what one test had done must not spare the next one's worker the work
+    running = Server(tmp_path_factory.mktemp("server"), "--no-cache")
     yield running
     assert running.stop() == 0
 

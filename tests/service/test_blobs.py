@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pathlib
 import random
 import signal
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -20,7 +21,10 @@ import secateur
 from secateur import _wire
 from secateur._calls import UPLOAD_ATTEMPTS, Calls, run
 from secateur._inputs import Source
-from secateur.service.blobs import BlobName, BlobStore, Upload
+from secateur.service.blobs import BlobStore, Upload
+from secateur.service.errors import CallError
+from secateur.service.operations import Repository
+from secateur.service.remote import RemoteBlobs
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc
 
 CONTENT = random.Random(1).randbytes((3 << 20) + 17)
@@ -245,46 +249,206 @@ def test_many_small_files_do_not_outgrow_a_message(
 # ---- the store itself --------------------------------------------------------------------------
 
 
-def store_at(folder: pathlib.Path, ttl_s: float = 60.0) -> BlobStore:
-    return BlobStore(folder, max_bytes=1 << 30, ttl_s=ttl_s, durable=True)
+@dataclass
+class Stored:
+    """A store at a path, with its repository; opened again it stands for the next server."""
+
+    folder: pathlib.Path
+    quota: int = 1 << 30
+    ttl_s: float = 60.0
+    remote: str | None = None
+    store: BlobStore = field(init=False)
+    repository: Repository = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self.repository = Repository(self.folder / "state", durable=True, ttl_s=60.0)
+        self.store = BlobStore(
+            self.folder,
+            self.repository,
+            max_bytes=1 << 30,
+            quota=self.quota,
+            ttl_s=self.ttl_s,
+            durable=True,
+            remote=RemoteBlobs(self.remote) if self.remote else None,
+        )
+
+    def again(self) -> Stored:
+        self.repository.close()
+        return Stored(self.folder, self.quota, self.ttl_s, self.remote)
+
+    def files(self) -> set[str]:
+        return {path.name for path in (self.folder / "blobs").rglob("*") if path.is_file()}
 
 
-def adopt(store: BlobStore, folder: pathlib.Path, content: bytes) -> BlobName:
-    path = folder / "file"
-    path.write_bytes(content)
-    return store.adopt(path)
+def reason(call: Callable[[], Any]) -> str:
+    with pytest.raises(CallError) as caught:
+        call()
+    return caught.value.reason
 
 
-def test_sweep_removes_what_nobody_used_but_not_from_jobs(tmp_path: pathlib.Path) -> None:
-    store = store_at(tmp_path / "store")
-    old, new = adopt(store, tmp_path, b"old"), adopt(store, tmp_path, b"new")
+def test_sweep_removes_what_nobody_used_but_not_from_jobs(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Stored(tmp_path / "store")
+    store, now = made.store, made.repository.now()
+    old, kept = store.adopt_bytes("", b"old"), store.adopt_bytes("", b"needed")
+    made.repository.add("", "k", b"request", b"", [kept.sha256])
     job = store.new_job()
-    store.link(old, job / "model.onnx")
-    upload = store.upload(f"uploads/{uuid.uuid4()}/blobs/{'a' * 64}/9", create=True)
+    store.link("", old, job / "model.onnx")
+    upload = store.upload("", f"uploads/{uuid.uuid4()}/blobs/{'a' * 64}/9", create=True)
     assert isinstance(upload, Upload)
-    path = store.get(old)
-    past = time.time() - 1000
-    os.utime(path, (past, past))
-    upload.touched = past
+    upload.open()[1].close()
+    monkeypatch.setattr(made.repository, "now", lambda: now + 50.0)
+    new = store.adopt_bytes("", b"new")
     store.sweep()
-    assert store.find(old) is None
-    assert store.find(new) is not None
+    assert made.files() == {old.sha256, kept.sha256, new.sha256}
+    monkeypatch.setattr(made.repository, "now", lambda: now + 100.0)
+    store.sweep()
+    assert made.files() == {kept.sha256, new.sha256}
+    assert list((made.folder / "uploads").iterdir()) == []
+    assert store.find("", old) is None and store.find("", new) is not None
     assert (job / "model.onnx").read_bytes() == b"old"
     store.end_job(job)
     assert not job.exists()
 
 
+def test_uploads_of_the_server_before_age_too(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Stored(tmp_path / "store")
+    upload = made.store.upload("", name_of(CONTENT), create=True)
+    assert isinstance(upload, Upload)
+    upload.open()[1].close()
+    made = made.again()
+    for wait, left in ((0.0, 1), (50.0, 1), (100.0, 0)):
+        now = time.time() + wait
+        monkeypatch.setattr(made.repository, "now", lambda now=now: now)
+        made.store.sweep()
+        assert len(list((made.folder / "uploads").iterdir())) == left
+
+
 def test_a_new_writer_ends_the_one_before(tmp_path: pathlib.Path) -> None:
-    store = store_at(tmp_path)
+    store = Stored(tmp_path).store
     content = b"0123456789"
-    upload = store.upload(name_of(content), create=True)
+    upload = store.upload("", name_of(content), create=True)
     assert isinstance(upload, Upload)
     first, file = upload.open()
     upload.append(first, file, 0, content[:4])
     second, other = upload.open()
     with file, other:
-        with pytest.raises(secateur.service.errors.CallError):
+        with pytest.raises(CallError):
             upload.append(first, file, 4, content[4:])
         upload.append(second, other, 4, content[4:])
     upload.finish()
-    assert store.get(upload.blob).read_bytes() == content
+    assert store.get("", upload.blob).read_bytes() == content
+
+
+def test_clients_have_their_own_blobs_and_share_content(tmp_path: pathlib.Path) -> None:
+    made = Stored(tmp_path)
+    blob = made.store.adopt_bytes("a", b"content")
+    assert reason(lambda: made.store.get("b", blob)) == "BLOB_NOT_FOUND"
+    assert made.store.adopt_bytes("b", b"content") == blob
+    assert made.store.get("b", blob) == made.store.get("a", blob)
+    assert made.files() == {blob.sha256}
+    resource = name_of(CONTENT)
+    upload = made.store.upload("a", resource, create=True)
+    assert isinstance(upload, Upload)
+    upload.open()[1].close()
+    assert reason(lambda: made.store.upload("b", resource, create=False)) == "UPLOAD_NOT_FOUND"
+
+
+def test_the_next_server_has_the_blobs_and_no_others(tmp_path: pathlib.Path) -> None:
+    made = Stored(tmp_path)
+    blob = made.store.adopt_bytes("", b"content")
+    stray = tmp_path / "blobs" / "ab" / ("ab" * 32)
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"named, but killed before its row was written")
+    made = made.again()
+    assert made.files() == {blob.sha256}
+    assert made.store.get("", blob).read_bytes() == b"content"
+
+
+def test_above_the_quota_the_longest_unused_go(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Stored(tmp_path, quota=100)
+    start, blobs = time.time(), []
+    for step in range(3):
+        monkeypatch.setattr(made.repository, "now", lambda step=step: start + 100 * step)
+        blobs.append(made.store.adopt_bytes("", bytes([step]) * 30))
+    made.repository.add("", "k", b"request", b"", [blobs[0].sha256])
+    more = made.store.adopt_bytes("", b"x" * 30)
+    assert made.files() == {blob.sha256 for blob in (blobs[0], blobs[2], more)}
+    upload = made.store.upload("", name_of(b"y" * 60), create=True)
+    assert isinstance(upload, Upload)  # has a claim on its room from its start
+    assert made.files() == {blobs[0].sha256}
+    assert reason(lambda: made.store.adopt_bytes("", b"z" * 30)) == "DISK_QUOTA"
+    assert reason(lambda: made.store.upload("", name_of(CONTENT), create=True)) == "DISK_QUOTA"
+    made.store.forget(upload)
+    assert made.store.adopt_bytes("", b"z" * 30).size == 30
+
+
+def test_a_folder_as_object_store_keeps_what_the_server_lost(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("obstore")
+    url = f"file://{tmp_path}/shared"
+    blob = Stored(tmp_path / "one", remote=url).store.adopt_bytes("a", CONTENT)
+    other = Stored(tmp_path / "two", remote=url)
+    assert other.store.get("a", blob).read_bytes() == CONTENT
+    assert other.repository.use_blob("a", blob.sha256) == len(CONTENT)
+    assert reason(lambda: other.store.get("b", blob)) == "BLOB_NOT_FOUND"
+    (stored,) = (path for path in (tmp_path / "shared").rglob("*") if path.is_file())
+    stored.write_bytes(b"x" * len(CONTENT))  # damaged
+    third = Stored(tmp_path / "three", remote=url)
+    assert reason(lambda: third.store.get("a", blob)) == "BLOB_NOT_FOUND"
+    assert third.files() == set()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a bucket on a server on this machine that speaks S3."""
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_REGION", "us-east-1"),
+        ("NO_PROXY", "127.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{endpoint}/bucket", method="PUT"), timeout=10
+    ):
+        pass
+    yield "s3://bucket/prefix"
+    server.stop()
+
+
+def test_blobs_in_s3(bucket: str, tmp_path: pathlib.Path) -> None:
+    content = random.Random(2).randbytes((20 << 20) + 5)  # in several parts
+    blob = Stored(tmp_path / "one", remote=bucket).store.adopt_bytes("a", content)
+    other = Stored(tmp_path / "two", remote=bucket)
+    assert reason(lambda: other.store.get("b", blob)) == "BLOB_NOT_FOUND"
+    assert other.store.get("a", blob).read_bytes() == content
+    assert other.store.adopt_bytes("a", content) == blob
+    small = other.store.adopt_bytes("a", b"")
+    assert Stored(tmp_path / "three", remote=bucket).store.get("a", small).read_bytes() == b""
+
+
+def test_an_object_store_out_of_reach_is_an_error(
+    bucket: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    made = Stored(tmp_path, remote="s3://no-such-bucket/prefix")
+    with pytest.raises(CallError) as caught:
+        made.store.adopt_bytes("a", b"content")
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.retry_s is not None
+    assert made.files() == set()
+    with pytest.raises(ValueError, match="nonsense"):
+        RemoteBlobs("nonsense://x")

@@ -25,7 +25,11 @@ from secateur.v1 import pruning_pb2, pruning_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-OURS = ("secateur.v1.Pruning", "google.bytestream.ByteStream")
+OURS = (
+    "secateur.v1.Pruning",
+    "google.bytestream.ByteStream",
+    "google.longrunning.Operations",
+)
 
 
 # ---- what it offers ----------------------------------------------------------------------------
@@ -53,14 +57,6 @@ def test_reflection_lists_and_describes_the_services(server: Server) -> None:
     names = {service.name for service in answers[0].list_services_response.service}
     assert {*OURS, "grpc.health.v1.Health"} <= names
     assert all(answer.file_descriptor_response.file_descriptor_proto for answer in answers[1:])
-
-
-def test_start_prune_is_not_there_yet(server: Server) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        stub = pruning_pb2_grpc.PruningStub(channel)
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.StartPrune(pruning_pb2.StartPruneRequest())
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_garbage_bytes_do_not_harm_it(server: Server, client: secateur.Client) -> None:
@@ -105,6 +101,9 @@ def test_requests_that_lack_or_misname_things_are_refused(server: Server) -> Non
         for fields, code in cases:
             with pytest.raises(grpc.RpcError) as caught:
                 list(stub.Prune(pruning_pb2.PruneRequest(**fields)))
+            assert caught.value.code() is code, fields
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.StartPrune(pruning_pb2.StartPruneRequest(**fields))
             assert caught.value.code() is code, fields
 
 
