@@ -264,7 +264,11 @@ def inspect(
 
 
 def profile(
-    model: ModelSource, *, against: ModelSource | None = None, external_data: bool = True
+    model: ModelSource,
+    *,
+    against: ModelSource | None = None,
+    external_data: bool = True,
+    memory_meter: measure.MemoryMeter = measure.peak_memory,
 ) -> Profile:
     """MACs, parameters, bytes, latency and memory; with `against`, in turns with that model.
 
@@ -272,6 +276,7 @@ def profile(
         model: as for `prune`.
         against: another model with the same inputs, usually the original.
         external_data: whether weights may lie in files beside the model.
+        memory_meter: how memory is measured, for callers that may not start processes.
 
     Raises:
         Refused: a model cannot be opened or run.
@@ -279,15 +284,15 @@ def profile(
     first = _Measured.open(model, external_data)
     if against is None:
         latency = measure.alternate([lambda: first.session], first.feeds, seconds=1.0)
-        return Profile(model=first.cost(latency[0]))
+        return Profile(model=first.cost(latency[0], memory_meter))
     second = _Measured.open(against, external_data)
     wanted = checks.run_original(second.source, [first.feeds], from_calibration=False)
     found = [first.session.run(list(wanted.names), first.feeds)]
     openers = [lambda: first.session, lambda: second.session]
     latencies = measure.alternate(openers, first.feeds, seconds=2.0)
     return Profile(
-        model=first.cost(latencies[0]),
-        against=second.cost(latencies[1]),
+        model=first.cost(latencies[0], memory_meter),
+        against=second.cost(latencies[1], memory_meter),
         latency_ratio=round(latencies[0].p50_ms / latencies[1].p50_ms, 4),
         drift=checks.drift_between(wanted.names, list(wanted.outputs), found),
     )
@@ -311,17 +316,17 @@ class _Measured:
         checks.run_original(source, [feeds], from_calibration=False)  # refuses what does not run
         return cls(analysed, source, open_session(source), feeds)
 
-    def cost(self, latency: Latency) -> Cost:
+    def cost(self, latency: Latency, memory_meter: measure.MemoryMeter) -> Cost:
         coupling = self.analysed.coupling
         return Cost(
             macs=cost.macs(coupling).of(np.ones(coupling.count + 1, np.bool_)),
             params=self.analysed.params,
             bytes=self.analysed.opened.size,
             latency=latency,
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=self._peak_memory(memory_meter),
         )
 
-    def _peak_memory(self) -> int | None:
+    def _peak_memory(self, memory_meter: measure.MemoryMeter) -> int | None:
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
             path = self.source
             if isinstance(path, bytes):
@@ -329,7 +334,7 @@ class _Measured:
                 pathlib.Path(path).write_bytes(self.source)  # type: ignore[arg-type]
             feeds = pathlib.Path(folder, "feeds.npz")
             np.savez(feeds, **self.feeds)  # type: ignore[arg-type]
-            return measure.peak_memory(path, str(feeds))
+            return memory_meter(path, str(feeds))
 
 
 def _analyse(opened: OpenedModel, data: Calibration | None, recipe: Recipe) -> _Analysed:

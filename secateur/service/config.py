@@ -86,6 +86,10 @@ class ServerConfig(BaseModel):
         description="Jobs after which a worker process is replaced. 1 isolates jobs from one "
         "another, for a second of imports each.",
     )
+    require_jail: bool = Field(
+        False,
+        description="Do not start where this system cannot shut workers in fully; else warn.",
+    )
     log_level: str = Field("info", description="debug, info, warning or error.")
     log_format: LogFormat = Field(LogFormat.TEXT, description="text or json, a line per event.")
 

@@ -1,19 +1,28 @@
 """Worker processes: started warm, one job at a time each, killed whole.
 
-The pool is the only place that knows processes. What comes later goes in here: resource limits and
-namespaces where a worker is started, another executor (a cluster) where a job is run.
+The pool is the only place that knows processes. What comes later goes in here: another executor
+(a cluster) where a job is run.
+
+A worker is not trusted (see `jail`). It has a folder of its own, its home, into which a job's
+folder is moved while it works on it; what it leaves there is looked at before anybody reads it, and
+what it writes to standard error goes to the log as its own words.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import pathlib
+import re
+import shutil
 import signal
+import stat
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,34 +35,44 @@ from secateur.service.errors import CallError
 log = logging.getLogger("secateur.service")
 
 MAX_LINE = 4 << 20  # bytes of one message from a worker; models travel as files
+MAX_LOG = 256 << 10  # bytes of one worker's standard error that the log takes
+MAX_REPORT = 64 << 20  # bytes of a JSON file that the server reads whole
+_REPORTS = ("report.json", "inspection.json", "profile.json")
+MEASURE_SECONDS = 600.0
+MAX_NUMBER = 32  # bytes of the answer
+
+# All that a worker gets of the server's environment, which may hold secrets
+_VARIABLES = re.compile(
+    "PATH|LANG|LC_.*|TZ|LD_LIBRARY_PATH|(PYTHON|OMP_|OPENBLAS_|MKL_|KMP_|GOMP_|ORT_).*"
+)
 
 
 class Worker:
-    """One worker process, leader of its own session and process group."""
+    """One worker process, leader of its own session and process group.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    Attributes:
+        pid: its process id.
+        home: the folder that is its own; gone with it.
+        jobs: how many it was given.
+        gaps: walls of its jail that could not be raised; known once it is ready.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, home: pathlib.Path) -> None:
         self._process = process
-        self.pid = process.pid
-        self.jobs = 0
+        self._log = asyncio.ensure_future(_relay(process))
         self._ready = False
+        self.pid = process.pid
+        self.home = home
+        self.jobs = 0
+        self.gaps: list[str] = []
 
     @classmethod
-    async def start(cls) -> Worker:
-        """Starts a process, which imports the engine and waits for a job."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",  # the folder the server was started in is no place for modules
-            "-m",
-            "secateur.service.worker",
-            str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=MAX_LINE,
-            start_new_session=True,
-            env=_environment(),
-        )
+    async def start(cls, home: pathlib.Path) -> Worker:
+        """Starts a process, which imports the engine and waits for a job. Makes its home."""
+        home.mkdir(mode=0o700, parents=True)
+        process = await _spawn(home, stdin=asyncio.subprocess.PIPE)
         log.info("worker %d started", process.pid)
-        return cls(process)
+        return cls(process, home)
 
     @property
     def alive(self) -> bool:
@@ -63,7 +82,7 @@ class Worker:
     async def ready(self) -> None:
         """Waits until the engine is imported. Raises as `run`."""
         if not self._ready:
-            await self._read()
+            self.gaps = (await self._read())["ready"]["gaps"]
             self._ready = True
 
     async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -74,15 +93,35 @@ class Worker:
         """
         self.jobs += 1
         await self.ready()
-        assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # reading will tell
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            await self._process.stdin.drain()
+        await self._write(job)
         while True:
             message = await self._read()
+            if "measure" in message:
+                await self._write({"bytes": await self._measure(*message["measure"])})
+                continue
             yield message
             if "progress" not in message:
                 return
+
+    async def _measure(self, model: str, feeds: str) -> int | None:
+        """Bytes that a fresh process, in the same jail, grows by over a model; None: it failed."""
+        process = await _spawn(self.home, model, feeds)
+        log_task = asyncio.ensure_future(_relay(process))
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(MEASURE_SECONDS):
+                answer = await process.stdout.read(MAX_NUMBER)
+        except TimeoutError:
+            answer = b""
+        finally:
+            await _kill(process, log_task)
+        return int(answer) if answer.strip().isdigit() else None
+
+    async def _write(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(ConnectionError):  # reading will tell
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            await self._process.stdin.drain()
 
     async def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -98,10 +137,8 @@ class Worker:
 
     async def end(self) -> None:
         """Kills the process with all it started, and waits until it is gone."""
-        # by group, and even when the leader is dead: it may have left children
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        await self._process.wait()
+        await _kill(self._process, self._log)
+        await asyncio.to_thread(shutil.rmtree, self.home, ignore_errors=True)
         log.info("worker %d ended", self.pid)
 
 
@@ -111,9 +148,16 @@ class WorkerPool:
     Args:
         workers: how many run at once.
         jobs_per_worker: jobs after which a process is replaced.
+        homes: folder for the homes of workers, on the file system of the jobs' folders; emptied.
+        require_jail: rather have no workers than some that are not fully shut in.
     """
 
-    def __init__(self, workers: int, jobs_per_worker: int) -> None:
+    def __init__(
+        self, workers: int, jobs_per_worker: int, homes: pathlib.Path, require_jail: bool
+    ) -> None:
+        shutil.rmtree(homes, ignore_errors=True)  # of a server that was killed
+        self._homes = homes
+        self._require_jail = require_jail
         self._workers = workers
         self._slots = asyncio.Semaphore(workers)
         self._jobs_per_worker = jobs_per_worker
@@ -126,24 +170,36 @@ class WorkerPool:
         """Starts a first process, so that the first job need not wait for imports.
 
         Raises:
-            ServerError: the engine cannot be imported.
+            ServerError: the engine cannot be imported; a jail is required and cannot be had.
         """
         await self._spare()
         try:
             await self._idle[0].ready()
         except CallError:
+            await self._idle[0].end()  # after which the log is complete
             text = "no worker process can be started; its own error is in the log"
             raise ServerError(text) from None
+        if gaps := self._idle[0].gaps:
+            text = f"workers are not fully shut in, for want of: {'; '.join(gaps)}"
+            if self._require_jail:
+                raise ServerError(text)
+            log.warning(text)
 
     async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Messages of a job; see `Worker.run`. Closing the iterator kills the job at once."""
         async with self._slots:
             worker = await self._take()
             clean = False
+            folder = pathlib.Path(job["folder"])
+            inside = folder.rename(worker.home / folder.name)
             try:
-                async with contextlib.aclosing(worker.run(job)) as messages:  # type: ignore[type-var]
+                here = {**job, "folder": str(inside)}
+                async with contextlib.aclosing(worker.run(here)) as messages:  # type: ignore[type-var]
                     async for message in messages:
-                        clean = "done" in message or "refused" in message
+                        if "done" in message or "refused" in message:
+                            inside.rename(folder)
+                            _seal(folder)
+                            clean = True
                         yield message
             finally:
                 if clean and self._may_stay(worker):
@@ -176,7 +232,7 @@ class WorkerPool:
         if self._closed:
             text = "the server is stopping"
             raise CallError(grpc.StatusCode.UNAVAILABLE, "STOPPING", text)
-        worker = await Worker.start()
+        worker = await Worker.start(self._homes / uuid.uuid4().hex)
         self._all.add(worker)
         return worker
 
@@ -200,8 +256,89 @@ class WorkerPool:
         return task
 
 
-def _environment() -> dict[str, str]:
-    """The environment of a worker: ours, and the way to this package wherever it was found."""
+async def _spawn(home: pathlib.Path, *arguments: str, **pipes: Any) -> asyncio.subprocess.Process:
+    """Starts a process in the jail; it gets nothing of ours but what is said here."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",  # the folder the server was started in is no place for modules
+        "-m",
+        "secateur.service.worker",
+        str(os.getpid()),
+        str(home),
+        *arguments,
+        **{"stdin": asyncio.subprocess.DEVNULL, **pipes},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=MAX_LINE,
+        start_new_session=True,
+        cwd=home,
+        env=_environment(home),
+    )
+
+
+async def _kill(process: asyncio.subprocess.Process, relay: asyncio.Task[None]) -> None:
+    """Kills a process with all it started, and waits until it is gone and its words are logged."""
+    # by group, and even when the leader is dead: it may have left children
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+    await relay
+
+
+async def _relay(process: asyncio.subprocess.Process) -> None:
+    """Logs what a process writes to standard error, marked as its own, up to a limit."""
+    if process.stderr is None:
+        return
+    left = MAX_LOG
+    while text := await process.stderr.read(4096):
+        for line in text[:left].decode(errors="replace").splitlines():
+            log.warning("worker %d says: %s", process.pid, line)
+        left = max(left - len(text), 0)
+
+
+def _seal(folder: pathlib.Path) -> None:
+    """Makes sure that what a worker left can be read: as files, and as files that stay the same.
+
+    A link would lead a reader out of the folder, a FIFO hold it up, a large report fill its memory;
+    a file that the worker still has open could change after its content was checked.
+
+    Raises:
+        CallError: INTERNAL.
+    """
+    for entry in folder.iterdir():
+        details = entry.lstat()
+        if stat.S_ISDIR(details.st_mode):
+            continue
+        large = entry.name in _REPORTS and details.st_size > MAX_REPORT
+        if not stat.S_ISREG(details.st_mode) or large or _is_written(entry):
+            text = f"the worker process left {entry.name!r}, which is no file that it should leave"
+            raise CallError(grpc.StatusCode.INTERNAL, "WORKER_MISBEHAVED", text)
+
+
+def _is_written(path: pathlib.Path) -> bool:
+    """Whether any process has a file open for writing; afterwards, none can open it so."""
+    path.chmod(0o444)
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)  # granted when there is no writer
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without leases
+            return False
+    return False
+
+
+def _environment(home: pathlib.Path) -> dict[str, str]:
+    """The environment of a worker, with the way to this package wherever it was found."""
     package = str(pathlib.Path(secateur.__file__).resolve().parent.parent)
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([path, package] if path else [package])}
+    path = os.environ.get("PYTHONPATH", "")
+    entries = [str(pathlib.Path(entry).absolute()) for entry in path.split(os.pathsep) if entry]
+    return {
+        **{name: value for name, value in os.environ.items() if _VARIABLES.fullmatch(name)},
+        "PYTHONPATH": os.pathsep.join([*entries, package]),
+        "HOME": str(home),
+        "TMPDIR": str(home),
+    }

@@ -64,7 +64,9 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
     stop = asyncio.Event()
     with _home(config) as folder, _signals(stop) as force:
         repository, store = _storage(config, folder)
-        pool = WorkerPool(config.workers, config.jobs_per_worker)
+        pool = WorkerPool(
+            config.workers, config.jobs_per_worker, folder / "workers", config.require_jail
+        )
         jobs = Jobs(pool, store, repository, cache=config.cache)
         runner = Runner(repository, jobs, workers=config.workers, max_attempts=config.max_attempts)
         health = health_aio.HealthServicer()

@@ -1,11 +1,14 @@
 """A worker process: imports the engine, then does one job after another.
 
     stdin    one JSON line per job:  {"call": "prune", "folder": …, "recipe": …}
-    stdout   JSON lines: {"ready": {}} once, when the engine is imported; then for each job
+    stdout   JSON lines: {"ready": {"gaps": …}} once, when the engine is imported; then for each job
              {"progress": …} any number of times and one of {"refused": …}, {"failed": traceback},
-             {"done": {}}, when the results are files in the job's folder
+             {"done": {}}, when the results are files in the job's folder.
+             {"measure": [model, feeds]} asks for the memory that a model takes, which a fresh
+             process has to tell and this one cannot start; a line {"bytes": …} on stdin answers.
 
-Run as `python -m secateur.service.worker PARENT`, by the pool only.
+Run by the pool only, as `python -m secateur.service.worker PARENT HOME`; with MODEL FEEDS besides,
+it is that fresh process. See `jail` for what either may do.
 """
 
 from __future__ import annotations
@@ -15,52 +18,61 @@ import json
 import os
 import pathlib
 import queue
+import runpy
 import signal
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
 from typing import IO, Any
 
+import secateur
 from secateur.errors import Code, Refusal, Refused, refuse
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Progress
+from secateur.service import jail
 
 _PR_SET_PDEATHSIG = 1
 
 Job = dict[str, Any]
-Send = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
     """Works until the server goes away."""
-    _die_with_parent(int(sys.argv[1]))
-    jobs, send = _channels()
+    parent, home, *model_and_feeds = sys.argv[1:]
+    gaps = jail.enter(pathlib.Path(home))
+    _die_with_parent(int(parent))
+    if model_and_feeds:
+        peak = pathlib.Path(secateur.__file__).parent / "graphops" / "profile" / "peak.py"
+        runpy.run_path(str(peak))["main"](*model_and_feeds)
+        return
+    channel = Channel()
     import secateur.graphops as engine
 
-    send({"ready": {}})
+    channel.send({"ready": {"gaps": gaps}})
     while True:
-        job = jobs.get()
+        job = channel.receive()
         folder = pathlib.Path(job["folder"])
         tempfile.tempdir = str(folder)  # what a killed job leaves goes with its folder
         try:
-            _CALLS[job["call"]](engine, job, folder, send)
+            _CALLS[job["call"]](engine, job, folder, channel)
         except Refused as error:
-            send({"refused": _without_folder(error.refusal, folder).model_dump(mode="json")})
+            channel.send(
+                {"refused": _without_folder(error.refusal, folder).model_dump(mode="json")}
+            )
         except BaseException:  # also what libraries raise to end a process: the server decides
-            send({"failed": traceback.format_exc()})
+            channel.send({"failed": traceback.format_exc()})
         else:
-            send({"done": {}})
+            channel.send({"done": {}})
 
 
 # ---- calls -------------------------------------------------------------------------------------
 
 
-def _prune(engine: Any, job: Job, folder: pathlib.Path, send: Send) -> None:
+def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
     def tell(progress: Progress) -> None:
-        send({"progress": progress.model_dump(mode="json")})
+        channel.send({"progress": progress.model_dump(mode="json")})
 
     plan = Plan.load(folder / "plan.json") if job["plan"] else None
     result = engine.prune(
@@ -84,17 +96,23 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, send: Send) -> None:
     _write(folder / "report.json", result.report)
 
 
-def _inspect(engine: Any, job: Job, folder: pathlib.Path, send: Send) -> None:
+def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
     found = engine.inspect(folder / "model.onnx", _recipe(job), external_data=False)
     _write(folder / "inspection.json", found)
 
 
-def _profile(engine: Any, job: Job, folder: pathlib.Path, send: Send) -> None:
+def _profile(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
+    def memory_meter(model: str, feeds: str) -> int | None:
+        channel.send({"measure": [model, feeds]})
+        answer: int | None = channel.receive()["bytes"]
+        return answer
+
     against = folder / "against.onnx"
     found = engine.profile(
         folder / "model.onnx",
         against=against if job["against"] else None,
         external_data=False,
+        memory_meter=memory_meter,
     )
     _write(folder / "profile.json", found)
 
@@ -135,32 +153,37 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _channels() -> tuple[queue.SimpleQueue[Job], Send]:
-    """Jobs that arrive, and how to answer.
+class Channel:
+    """The pipes from and to the server.
 
-    Takes the pipes away from descriptors 0 and 1: what a library prints must not mix with messages.
+    Takes them away from descriptors 0 and 1: what a library prints must not mix with messages.
     The thread that reads also ends the process group when the pipe ends, for systems whose kernel
     does not, and for children that the kernel does not know to be ours.
     """
-    incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(incoming, jobs), daemon=True).start()
 
-    def send(message: dict[str, Any]) -> None:
-        outgoing.write(json.dumps(message).encode() + b"\n")
+    def __init__(self) -> None:
+        incoming = os.fdopen(os.dup(0), "rb")
+        self._outgoing = os.fdopen(os.dup(1), "wb", buffering=0)
+        self._received: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.dup2(2, 1)
+        threading.Thread(target=self._read, args=(incoming,), daemon=True).start()
 
-    return jobs, send
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends a message."""
+        self._outgoing.write(json.dumps(message).encode() + b"\n")
 
+    def receive(self) -> dict[str, Any]:
+        """The next message; waits for it."""
+        return self._received.get()
 
-def _read(incoming: IO[bytes], jobs: queue.SimpleQueue[Job]) -> None:
-    for line in incoming:
-        jobs.put(json.loads(line))
-    if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+    def _read(self, incoming: IO[bytes]) -> None:
+        for line in incoming:
+            self._received.put(json.loads(line))
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
 
 if __name__ == "__main__":

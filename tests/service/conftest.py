@@ -57,12 +57,17 @@ class Server:
         return found
 
     def has_job(self) -> bool:
-        """Whether a job has its model."""
-        return any(self.folder.glob("jobs/*/model.onnx"))
+        """Whether a worker has a job."""
+        return any(self.folder.glob("workers/*/*/model.onnx"))
 
     def idle_worker(self) -> int:
-        """The process id of the only worker, once all that was before has ended."""
-        wait_for(lambda: not any(self.folder.glob("jobs/*")) and len(self.workers()) == 1)
+        """The process id of the only worker, once it listens and all before has ended."""
+
+        def idle() -> bool:
+            threads = [_threads(pid) for pid in self.workers()]
+            return not self.has_job() and len(threads) == 1 and threads[0] > 1
+
+        wait_for(idle)
         return self.workers()[0]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -79,6 +84,11 @@ class Server:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _threads(pid: int) -> int:
+    """How many threads a process has; 0 when it is gone."""
+    return 0 if is_gone(pid) else len(list(pathlib.Path(f"/proc/{pid}/task").iterdir()))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> float:

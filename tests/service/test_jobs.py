@@ -206,7 +206,7 @@ def test_command_line_with_a_server_writes_the_same(
     assert said[0] == said[1]
 
 
-def test_children_of_a_worker_end_with_it(server: Server) -> None:
+def test_children_of_a_worker_end_with_it(server: Server, tmp_path: pathlib.Path) -> None:
     worker = server.idle_worker()
     assert os.getpgid(worker) == os.getsid(worker) == worker
 
@@ -219,7 +219,7 @@ def test_children_of_a_worker_end_with_it(server: Server) -> None:
         )
         assert process.stdout is not None
         child = int(await process.stdout.readline())
-        await Worker(process).end()
+        await Worker(process, tmp_path / "home").end()
         return child
 
     child = asyncio.run(end())

@@ -6,6 +6,7 @@ neighbour too, and the ratio stands even where the milliseconds do not.
 
 from __future__ import annotations
 
+import pathlib
 import subprocess
 import sys
 import time
@@ -76,24 +77,10 @@ def _time(
             taken.append((time.perf_counter() - start) * 1e3)
 
 
-# The high-water mark of the process's own address space: getrusage would count what the parent
-# held when it forked.
-_MEASURE = """
-import ctypes, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
-import numpy as np, onnxruntime as ort
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-feeds = dict(np.load(sys.argv[2], allow_pickle=False))
-before = peak()
-options = ort.SessionOptions()
-options.log_severity_level = 4
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-session.run(None, feeds)
-print(peak() - before)
-"""
+_PEAK = pathlib.Path(__file__).with_name("peak.py")
+
+MemoryMeter = Callable[[str, str], int | None]
+"""As `peak_memory`."""
 
 
 def peak_memory(path: str, feeds_path: str) -> int | None:
@@ -107,7 +94,7 @@ def peak_memory(path: str, feeds_path: str) -> int | None:
         None where the process fails or the platform does not tell.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, path, feeds_path],
+        [sys.executable, "-P", str(_PEAK), path, feeds_path],
         capture_output=True,
         text=True,
         check=False,
