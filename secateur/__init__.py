@@ -22,9 +22,11 @@ from secateur.errors import (
     Refusal,
     Refused,
     SecateurError,
+    ServerBusy,
     ServerError,
     VerificationFailed,
 )
+from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, Report, Stage
@@ -42,6 +44,7 @@ __all__ = [
     "Client",
     "Code",
     "Inspection",
+    "Operation",
     "Plan",
     "Profile",
     "Progress",
@@ -51,6 +54,7 @@ __all__ = [
     "Report",
     "Result",
     "SecateurError",
+    "ServerBusy",
     "ServerError",
     "Stage",
     "VerificationFailed",

@@ -9,32 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import IO, Any, Protocol, TypeVar
 
 import grpc
 import pydantic
-from grpc_health.v1 import health_pb2
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secateur import _wire
 from secateur._inputs import Source, calibration_sources, model_source
 from secateur.errors import ServerError
+from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, ProgressCallback, Report
 from secateur.result import Result
-from secateur.v1 import bytestream_pb2, pruning_pb2
+from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc, pruning_pb2, pruning_pb2_grpc
 
 _T = TypeVar("_T")
 
-UPLOAD_ATTEMPTS = 4  # each goes on where the one before broke off
+TRANSFER_ATTEMPTS = 4  # each goes on where the one before broke off
 _RESUMABLE = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.ABORTED,  # more of the broken attempt was stored after we asked how much
 )
 FIRST_PAUSE = 0.2  # seconds before the second attempt; doubles
+LOOK = 1.0  # seconds between two looks at an operation's progress
+HOLD = 60.0  # seconds for which one call waits for an operation to end
+ANSWER = 30.0  # seconds that a server may take to say that it is still running
 
 
 class Transport(Protocol):
@@ -56,6 +63,24 @@ class Transport(Protocol):
 
     async def sleep(self, seconds: float) -> None:
         """Waits."""
+
+
+def methods(channel: Any) -> dict[str, Any]:
+    """What calls each RPC over a channel of either kind, by the RPC's name."""
+    stubs = {
+        "Prune Inspect Profile StartPrune": pruning_pb2_grpc.PruningStub,
+        "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation": (
+            operations_pb2_grpc.OperationsStub
+        ),
+        "Read Write QueryWriteStatus": bytestream_pb2_grpc.ByteStreamStub,
+        "Check": health_pb2_grpc.HealthStub,
+    }
+    return {
+        name: getattr(stub, name)
+        for names, make in stubs.items()
+        for stub in (make(channel),)
+        for name in names.split()
+    }
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -115,24 +140,9 @@ class Calls:
         """See `Client.prune`."""
         with self._errors():
             budget = self._budget(timeout)
-            request = pruning_pb2.PruneRequest(model=await self._send_model(model, budget))
-            if recipe is not None:
-                request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
-            if calibration is not None:
-                request.calibration.SetInParent()  # an empty folder is not the same as none
-                parts = await self._transport.blocking(calibration_sources, calibration)
-                for name, source in parts:
-                    content = await self._send(source, budget)
-                    request.calibration.parts.add(name=name, content=content)
-            if plan is not None:
-                text = Source(plan.to_json().encode())
-                request.plan.CopyFrom(await self._send(text, budget))
-            result = await self._events(request, progress, budget)
-            return Result(
-                model=await self._receive(result.model, budget),
-                plan=Plan.from_json(await self._receive(result.plan, budget)),
-                report=_wire.from_wire(result.report, Report),
-            )
+            request = pruning_pb2.PruneRequest()
+            await self._fill(request, model, recipe, calibration, plan, budget)
+            return await self._result(await self._events(request, progress, budget), budget)
 
     async def inspect(self, model: Any, recipe: Recipe | None, timeout: float | None) -> Inspection:
         """See `Client.inspect`."""
@@ -153,6 +163,134 @@ class Calls:
                 request.against.CopyFrom(await self._send_model(against, budget))
             response = await self._transport.unary("Profile", request, budget.left())
             return _wire.from_wire(response.profile, Profile)
+
+    # ---- operations ----
+
+    async def start_prune(
+        self,
+        model: Any,
+        recipe: Recipe | None,
+        calibration: Any,
+        plan: Plan | None,
+        request_id: str | None,
+        timeout: float | None,
+    ) -> Operation:
+        """See `Client.start_prune`."""
+        with self._errors():
+            budget = self._budget(timeout)
+            request = pruning_pb2.StartPruneRequest(request_id=request_id or str(uuid.uuid4()))
+            await self._fill(request, model, recipe, calibration, plan, budget)
+            return await self._operation("StartPrune", request, budget)
+
+    async def get_operation(self, operation: Operation | str, timeout: float | None) -> Operation:
+        """See `Client.get_operation`."""
+        with self._errors():
+            request = operations_pb2.GetOperationRequest(name=_name(operation))
+            return await self._operation("GetOperation", request, self._budget(timeout))
+
+    async def list_operations(
+        self,
+        filter: str,  # noqa: A002
+        limit: int | None,
+        timeout: float | None,
+    ) -> list[Operation]:
+        """See `Client.list_operations`."""
+        with self._errors():
+            budget = self._budget(timeout)
+            request = operations_pb2.ListOperationsRequest(filter=filter)
+            found: list[Operation] = []
+            while limit is None or len(found) < limit:
+                page = await self._transport.unary("ListOperations", request, budget.left())
+                found += [_wire.operation_from_wire(message) for message in page.operations]
+                request.page_token = page.next_page_token
+                if not page.next_page_token:
+                    break
+            return found[:limit]
+
+    async def wait_operation(
+        self,
+        operation: Operation | str,
+        progress: ProgressCallback | None,
+        timeout: float | None,
+    ) -> Operation:
+        """See `Client.wait_operation`."""
+        with self._errors():
+            end = _Budget(timeout)
+            step = LOOK if progress is not None else HOLD
+            request = operations_pb2.WaitOperationRequest(name=_name(operation))
+            while True:
+                left = end.left()
+                pause = step if left is None else min(step, left)
+                request.timeout.FromMilliseconds(round(pause * 1000))
+                # the server answers when its time is over: the deadline is for one that does not
+                found = await self._operation("WaitOperation", request, _Budget(pause + ANSWER))
+                if progress is not None and found.progress is not None:
+                    progress(found.progress)
+                if found.done or left == 0.0:
+                    return found
+
+    async def cancel_operation(self, operation: Operation | str, timeout: float | None) -> None:
+        """See `Client.cancel_operation`."""
+        with self._errors():
+            request = operations_pb2.CancelOperationRequest(name=_name(operation))
+            await self._transport.unary("CancelOperation", request, self._budget(timeout).left())
+
+    async def delete_operation(self, operation: Operation | str, timeout: float | None) -> None:
+        """See `Client.delete_operation`."""
+        with self._errors():
+            request = operations_pb2.DeleteOperationRequest(name=_name(operation))
+            await self._transport.unary("DeleteOperation", request, self._budget(timeout).left())
+
+    async def operation_result(self, operation: Operation | str, timeout: float | None) -> Result:
+        """See `Client.operation_result`."""
+        with self._errors():
+            budget = self._budget(timeout)
+            request = operations_pb2.GetOperationRequest(name=_name(operation))
+            message = await self._transport.unary("GetOperation", request, budget.left())
+            failure = _wire.operation_from_wire(message).failure
+            if failure is not None:
+                raise failure
+            result = pruning_pb2.PruneResult()
+            if not message.response.Unpack(result):
+                text = f"{message.name} has not ended"
+                raise ServerError(f"{self._transport.target}: {text}")
+            return await self._result(result, budget)
+
+    async def _operation(self, method: str, request: Any, budget: _Budget) -> Operation:
+        message = await self._transport.unary(method, request, budget.left())
+        return _wire.operation_from_wire(message)
+
+    # ---- requests and results ----
+
+    async def _fill(
+        self,
+        request: Any,
+        model: Any,
+        recipe: Recipe | None,
+        calibration: Any,
+        plan: Plan | None,
+        budget: _Budget,
+    ) -> None:
+        """Puts into a PruneRequest or a StartPruneRequest what is to be pruned, and how."""
+        request.model.CopyFrom(await self._send_model(model, budget))
+        if recipe is not None:
+            request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
+        if calibration is not None:
+            request.calibration.SetInParent()  # an empty folder is not the same as none
+            parts = await self._transport.blocking(calibration_sources, calibration)
+            for name, source in parts:
+                content = await self._send(source, budget)
+                request.calibration.parts.add(name=name, content=content)
+        if plan is not None:
+            text = Source(plan.to_json().encode())
+            request.plan.CopyFrom(await self._send(text, budget))
+
+    async def _result(self, result: Any, budget: _Budget) -> Result:
+        return Result(
+            model=await self._receive(result.model, budget),
+            plan=Plan.from_json(await self._receive(result.plan, budget)),
+            report=_wire.from_wire(result.report, Report),
+        )
 
     async def health(self, timeout: float | None) -> bool:
         """See `Client.health`."""
@@ -196,17 +334,13 @@ class Calls:
 
     async def _upload(self, source: Source, digest: str, budget: _Budget) -> None:
         name = _wire.upload_name(str(uuid.uuid4()), digest, source.size)
-        for attempt in range(UPLOAD_ATTEMPTS):
-            try:
-                offset = await self._committed(name, budget)
-                if offset is None:
-                    return
+
+        async def go_on() -> None:
+            offset = await self._committed(name, budget)
+            if offset is not None:
                 await self._transport.write(_write_requests(source, name, offset), budget.left())
-                return
-            except grpc.RpcError as error:
-                if error.code() not in _RESUMABLE or attempt == UPLOAD_ATTEMPTS - 1:
-                    raise
-                await self._transport.sleep(FIRST_PAUSE * 2**attempt)
+
+        await self._resumed(go_on)
 
     async def _committed(self, name: str, budget: _Budget) -> int | None:
         """Bytes of an upload that the server has; None when it has the whole blob."""
@@ -222,19 +356,37 @@ class Calls:
     async def _receive(self, payload: Any, budget: _Budget) -> bytes:
         if payload.WhichOneof("content") == "inline":
             return bytes(payload.inline)
-        blob = payload.blob
-        request = bytestream_pb2.ReadRequest(
-            resource_name=_wire.blob_name(blob.sha256, blob.size_bytes)
-        )
-        parts, digest = [], hashlib.sha256()
-        chunks = self._transport.stream("Read", request, budget.left())
-        async with contextlib.aclosing(chunks):  # type: ignore[type-var]
-            async for chunk in chunks:
-                parts.append(chunk.data)
-                digest.update(chunk.data)
+        content = io.BytesIO()
+        await self._download(payload.blob, content, budget)
+        return content.getvalue()
+
+    async def _download(self, blob: Any, target: IO[bytes], budget: _Budget) -> None:
+        name, digest = _wire.blob_name(blob.sha256, blob.size_bytes), hashlib.sha256()
+
+        async def go_on() -> None:
+            offset = target.tell()
+            request = bytestream_pb2.ReadRequest(resource_name=name, read_offset=offset)
+            chunks = self._transport.stream("Read", request, budget.left())
+            async with contextlib.aclosing(chunks):  # type: ignore[type-var]
+                async for chunk in chunks:
+                    digest.update(chunk.data)
+                    target.write(chunk.data)
+
+        await self._resumed(go_on)
         if digest.hexdigest() != blob.sha256:
             raise ServerError(f"{self._transport.target}: a blob arrived damaged")
-        return b"".join(parts)
+
+    async def _resumed(self, go_on: Callable[[], Awaitable[None]]) -> None:
+        """Has a transfer go on until it is whole, as long as only connections break."""
+        for attempt in range(TRANSFER_ATTEMPTS):
+            try:
+                return await go_on()
+            except grpc.RpcError as error:
+                if error.code() not in _RESUMABLE or attempt == TRANSFER_ATTEMPTS - 1:
+                    raise
+                # spread, so that clients of a server that restarts do not come all at once
+                await self._transport.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.8, 1.2))
+        return None
 
     # ---- time and errors ----
 
@@ -250,6 +402,10 @@ class Calls:
         except pydantic.ValidationError as error:
             text = f"{self._transport.target}: the answer is not understood: {error}"
             raise ServerError(text) from None
+
+
+def _name(operation: Operation | str) -> str:
+    return operation if isinstance(operation, str) else operation.name
 
 
 def _write_requests(source: Source, name: str, offset: int) -> Iterator[Any]:

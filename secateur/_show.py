@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import datetime
+import hashlib
 import json
 import math
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 import rich.console
@@ -19,6 +21,7 @@ import rich.table
 import typer
 
 from secateur.errors import Refused, SecateurError
+from secateur.operation import Operation
 from secateur.report import (
     Cost,
     Drift,
@@ -31,6 +34,9 @@ from secateur.report import (
     Report,
     Stage,
 )
+
+if TYPE_CHECKING:
+    from secateur.result import Result
 
 _ROWS = 30  # of a table; a person reads no more, and --json has all
 _REASONS = 8
@@ -119,6 +125,16 @@ def error(problem: SecateurError, as_json: bool) -> None:
 # ---- answers -----------------------------------------------------------------------------------
 
 
+def result(found: Result, out: pathlib.Path, as_json: bool) -> None:
+    """Shows what was written to `out`."""
+    if as_json:
+        digest = hashlib.sha256(found.model).hexdigest()
+        document = {"output": str(out), "sha256": digest, "report": plain(found.report)}
+        typer.echo(json.dumps(document))
+    else:
+        report(found.report, out)
+
+
 def report(found: Report, out: pathlib.Path) -> None:
     """Shows what a prune gave."""
     console = _console()
@@ -161,6 +177,35 @@ def profile(found: Profile, model: pathlib.Path, against: pathlib.Path | None) -
         text = f"{names[1]} takes {found.latency_ratio:.3g} × the time of {names[0]}"
         console.print(text, markup=False)
     _drift(console, found.drift)
+
+
+def operations(found: list[Operation]) -> None:
+    """Shows operations, a line each: whole, because the names are to be copied."""
+    for one in found:
+        words = [one.name, f"{one.state:<9}", f"came {_time(one.create_time)}"]
+        if one.queue_position is not None:
+            words.append(f"{one.queue_position} before it")
+        if one.progress is not None:
+            words.append(f"{one.progress.stage.lower()} {one.progress.fraction:.0%}")
+        if one.end_time is not None:
+            words.append(f"ended {_time(one.end_time)}")
+        elif one.estimated_end_time is not None:
+            words.append(f"ends about {_time(one.estimated_end_time)}")
+        typer.echo("  ".join(words))
+
+
+def operation(found: Operation, as_json: bool) -> None:
+    """Shows how an operation stands."""
+    if as_json:
+        typer.echo(json.dumps(plain(found)))
+        return
+    operations([found])
+    if found.error:
+        _console().print(f"error: {found.error}", markup=False)
+
+
+def _time(moment: datetime.datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _console() -> rich.console.Console:

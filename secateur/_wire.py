@@ -7,11 +7,14 @@ here, `CRITERION_L2` is `l2`.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from typing import Any, TypeVar
 
 import grpc
 import pydantic
+from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, duration_pb2, json_format, message
 from google.rpc import error_details_pb2, status_pb2
 
@@ -21,15 +24,19 @@ from secateur.errors import (
     Code,
     Refusal,
     SecateurError,
+    ServerBusy,
     ServerError,
     raised,
 )
+from secateur.operation import Operation
 from secateur.recipe import Recipe
-from secateur.v1 import recipe_pb2, refusal_pb2
+from secateur.report import Progress
+from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2
 
 INLINE_LIMIT = 2 << 20  # bytes; payloads above travel as blobs
 CHUNK = 1 << 20  # bytes of one ByteStream message: measured, larger is not faster
 INLINE_TOTAL = 8 << 20  # bytes; of all payloads in one request
+KEEPALIVE_MS = 60_000  # between two signs of life of a connection with calls on it
 MAX_MESSAGE = 16 << 20  # bytes; room for the payloads and for a long report
 DOMAIN = "secateur.dev"  # of google.rpc.ErrorInfo
 STATUS_KEY = "grpc-status-details-bin"
@@ -101,6 +108,26 @@ def recipe_from_wire(source: recipe_pb2.Recipe) -> Recipe:
         Refused: as `Recipe.parse`.
     """
     return Recipe.parse(_fields(source, defaults=False))
+
+
+def operation_from_wire(source: operations_pb2.Operation) -> Operation:
+    """What an operation whose metadata is a PruneMetadata says of itself.
+
+    Raises:
+        pydantic.ValidationError: it says nothing of that kind.
+    """
+    metadata = pruning_pb2.PruneMetadata()
+    source.metadata.Unpack(metadata)
+    fields = _fields(metadata, defaults=False)
+    if metadata.HasField("progress"):
+        try:
+            fields["progress"] = from_wire(metadata.progress, Progress)
+        except pydantic.ValidationError:  # a stage that only a newer server knows
+            del fields["progress"]
+    if source.HasField("error"):
+        fields["error"] = source.error.message
+        fields["refusal"] = _refusal_of(source.error)
+    return Operation.model_validate({"name": source.name, **fields})
 
 
 def _fields(source: message.Message, *, defaults: bool) -> dict[str, Any]:
@@ -191,26 +218,31 @@ def failure_to_status(
 
 def error_of(error: grpc.RpcError, target: str) -> SecateurError:
     """The exception that a failed call means: the other end of `refusal_to_status`."""
-    code: grpc.StatusCode = error.code()
-    refusal = _refusal_in(error)
-    if refusal is not None:
-        return raised(refusal)
-    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return Cancelled(f"{target}: {code.name}: {error.details()}")
-    return ServerError(f"{target}: {code.name}: {error.details()}")
-
-
-def _refusal_in(error: grpc.RpcError) -> Refusal | None:
+    status = status_pb2.Status()
     metadata: Any = error.trailing_metadata()  # pairs, of a class that differs by kind of channel
     for key, value in metadata or ():
-        if key != STATUS_KEY:
-            continue
+        if key == STATUS_KEY:
+            with contextlib.suppress(message.DecodeError):
+                status.ParseFromString(value)
+    code: grpc.StatusCode = error.code()
+    refusal = _refusal_of(status)
+    if refusal is not None:
+        return raised(refusal)
+    text = f"{target}: {code.name}: {error.details()}"
+    if code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return Cancelled(text)
+    retry = error_details_pb2.RetryInfo()
+    if any(detail.Unpack(retry) for detail in status.details):
+        return ServerBusy(text, retry.retry_delay.ToTimedelta().total_seconds())
+    return ServerError(text)
+
+
+def _refusal_of(status: status_pb2.Status) -> Refusal | None:
+    for detail in status.details:
+        found = refusal_pb2.Refusal()
         try:
-            status = status_pb2.Status.FromString(value)
-            for detail in status.details:
-                found = refusal_pb2.Refusal()
-                if detail.Unpack(found):
-                    return from_wire(found, Refusal)
+            if detail.Unpack(found):
+                return from_wire(found, Refusal)
         except (message.DecodeError, pydantic.ValidationError):
             return None  # a code of a newer server: the status' own text must do
     return None
@@ -243,12 +275,51 @@ def _cut(text: str, size: int) -> str:
 # ---- channels ----------------------------------------------------------------------------------
 
 
-def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+# Calls that may be repeated when the server was not reached: what they do twice is what they do
+# once. Write is not among them: it goes on where it broke off, which takes a question in between.
+# A streaming call is repeated only until its first message has arrived.
+_REPEATABLE = {
+    "secateur.v1.Pruning": ("Prune", "StartPrune", "Inspect", "Profile"),
+    "google.longrunning.Operations": (
+        *("GetOperation", "ListOperations", "WaitOperation", "CancelOperation"),
+    ),
+    "google.bytestream.ByteStream": ("QueryWriteStatus",),
+    "grpc.health.v1.Health": ("Check",),
+}
+SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": service, "method": method}
+                for service, methods in _REPEATABLE.items()
+                for method in methods
+            ],
+            "retryPolicy": {  # gRPC spreads each pause by a fifth
+                "maxAttempts": 4,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    # a server that fails them all is left alone
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+}
+
+
+def channel_options(target: str) -> tuple[tuple[str, int | str], ...]:
     """Options of a client's channel to `target`."""
+    options = (
+        *MESSAGE_OPTIONS,
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # notices a server that vanished without a word
+    )
     if is_loopback(target.rpartition(":")[0]):
         # a proxy set in the environment knows no way back to this machine
-        return (*MESSAGE_OPTIONS, ("grpc.enable_http_proxy", 0))
-    return MESSAGE_OPTIONS
+        return (*options, ("grpc.enable_http_proxy", 0))
+    return options
 
 
 # ---- blobs -------------------------------------------------------------------------------------

@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2_grpc
 
 from secateur import _wire
-from secateur._calls import Calls
+from secateur._calls import Calls, methods
+from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, ProgressCallback
 from secateur.result import Result
-from secateur.v1 import bytestream_pb2_grpc, pruning_pb2_grpc
 
 _T = TypeVar("_T")
 
@@ -72,6 +71,62 @@ class Client:
         """Measures a model, and `against` alternately with it. See `secateur.Client.profile`."""
         return await self._calls.profile(model, against, timeout)
 
+    # ---- operations ----
+
+    async def start_prune(
+        self,
+        model: Any,
+        recipe: Recipe | None = None,
+        calibration: Any = None,
+        plan: Plan | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Operation:
+        """Starts a prune that outlives this call. See `secateur.Client.start_prune`."""
+        return await self._calls.start_prune(model, recipe, calibration, plan, request_id, timeout)
+
+    async def get_operation(
+        self, operation: Operation | str, timeout: float | None = None
+    ) -> Operation:
+        """How an operation stands now. See `secateur.Client.get_operation`."""
+        return await self._calls.get_operation(operation, timeout)
+
+    async def list_operations(
+        self,
+        filter: str = "",  # noqa: A002
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> list[Operation]:
+        """Operations of this client, newest first. See `secateur.Client.list_operations`."""
+        return await self._calls.list_operations(filter, limit, timeout)
+
+    async def wait_operation(
+        self,
+        operation: Operation | str,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Operation:
+        """How an operation stands when it has ended. See `secateur.Client.wait_operation`."""
+        return await self._calls.wait_operation(operation, progress, timeout)
+
+    async def cancel_operation(
+        self, operation: Operation | str, timeout: float | None = None
+    ) -> None:
+        """Ends an operation and its work. See `secateur.Client.cancel_operation`."""
+        await self._calls.cancel_operation(operation, timeout)
+
+    async def delete_operation(
+        self, operation: Operation | str, timeout: float | None = None
+    ) -> None:
+        """Has the server forget an operation. See `secateur.Client.delete_operation`."""
+        await self._calls.delete_operation(operation, timeout)
+
+    async def operation_result(
+        self, operation: Operation | str, timeout: float | None = None
+    ) -> Result:
+        """What an operation that has ended gave. See `secateur.Client.operation_result`."""
+        return await self._calls.operation_result(operation, timeout)
+
     async def health(self, timeout: float | None = None) -> bool:
         """Whether the server takes calls now (`timeout` in seconds). Raises ServerError."""
         return await self._calls.health(timeout)
@@ -82,17 +137,7 @@ class _Transport:
 
     def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
         self.target = target
-        pruning = pruning_pb2_grpc.PruningStub(channel)
-        blobs = bytestream_pb2_grpc.ByteStreamStub(channel)
-        self._methods: dict[str, Any] = {
-            "Prune": pruning.Prune,
-            "Inspect": pruning.Inspect,
-            "Profile": pruning.Profile,
-            "Check": health_pb2_grpc.HealthStub(channel).Check,
-            "Read": blobs.Read,
-            "Write": blobs.Write,
-            "QueryWriteStatus": blobs.QueryWriteStatus,
-        }
+        self._methods = methods(channel)
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
         return await self._methods[method](request, timeout=timeout)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import typer
 
 import secateur
 from secateur import _show
-from secateur.errors import Cancelled, SecateurError
+from secateur.errors import Cancelled, SecateurError, ServerError
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.result import write_atomically
@@ -57,6 +56,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RecipeFile = Annotated[
     pathlib.Path | None,
     typer.Option(metavar="FILE.yaml", help="Read the recipe here; flags override its fields."),
+]
+Out = Annotated[
+    pathlib.Path | None,
+    typer.Option("-o", "--out", metavar="OUT", help="Where the pruned model goes."),
+]
+SavePlan = Annotated[
+    pathlib.Path | None, typer.Option(metavar="FILE.json", help="Save what was decided.")
+]
+ReportFile = Annotated[
+    pathlib.Path | None, typer.Option(metavar="FILE.json|.html", help="Save the evidence.")
 ]
 Granularity = Annotated[
     str | None,
@@ -131,10 +140,7 @@ def _kinds(text: str | None) -> list[str] | None:
 @_reported
 def prune(
     model: Model,
-    out: Annotated[
-        pathlib.Path,
-        typer.Option("-o", "--out", metavar="OUT", help="Where the pruned model goes."),
-    ],
+    out: Out = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,17 +172,18 @@ def prune(
     plan: Annotated[
         pathlib.Path | None, typer.Option(metavar="FILE.json", help="Replay a saved plan.")
     ] = None,
-    save_plan: Annotated[
-        pathlib.Path | None, typer.Option(metavar="FILE.json", help="Save what was decided.")
-    ] = None,
-    report: Annotated[
-        pathlib.Path | None,
-        typer.Option(metavar="FILE.json|.html", help="Save the evidence."),
-    ] = None,
+    save_plan: SavePlan = None,
+    report: ReportFile = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of everything random.")
     ] = None,
     server: Server = None,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="Start an operation on the server, print its name and leave."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prune MODEL into OUT, which appears complete or not at all."""
@@ -192,20 +199,25 @@ def prune(
     }
     if plan is not None and (recipe is not None or any(v is not None for v in flags.values())):
         raise typer.BadParameter("a plan holds its own recipe: no other can be given with it")
-    _check_outputs(model, out, save_plan, report)
     wanted = _recipe(recipe, flags)
     replayed = Plan.load(plan) if plan is not None else None
+    if detach:
+        if server is None or any(place is not None for place in (out, save_plan, report)):
+            text = "needs --server, and `operations wait` says where its result goes"
+            raise typer.BadParameter(text, param_hint="--detach")
+        with secateur.Client(server) as client:
+            started = client.start_prune(model, wanted, calibration, replayed)
+        typer.echo(json.dumps(_show.plain(started)) if as_json else started.name)
+        return
+    if out is None:
+        raise typer.BadParameter("say where the pruned model goes", param_hint="-o")
+    _check_outputs(model, out, save_plan, report)
     with _engine(server) as engine, _show.progress() as progress:
         result = engine.prune(
             model, wanted, calibration=calibration, plan=replayed, progress=progress
         )
     _save(result, out, save_plan, report)
-    if as_json:
-        digest = hashlib.sha256(result.model).hexdigest()
-        document = {"output": str(out), "sha256": digest, "report": _show.plain(result.report)}
-        typer.echo(json.dumps(document))
-    else:
-        _show.report(result.report, out)
+    _show.result(result, out, as_json)
 
 
 @app.command()
@@ -251,6 +263,98 @@ def profile(
 app.command()(_reported(serve))
 
 
+# ---- operations --------------------------------------------------------------------------------
+
+operations = typer.Typer(
+    no_args_is_help=True, help="Prunes that a server does on its own; see prune --detach."
+)
+app.add_typer(operations, name="operations")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The operation: operations/…")]
+Where = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The server.")]
+
+
+@operations.command("list")
+@_reported
+def list_operations(
+    server: Where,
+    filter: Annotated[  # noqa: A002
+        str, typer.Option(metavar="FILTER", help="state=…, or done=true|false.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many at most; default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List operations, newest first."""
+    with secateur.Client(server) as client:
+        found = client.list_operations(filter, limit)
+    if as_json:
+        typer.echo(json.dumps([_show.plain(operation) for operation in found]))
+    else:
+        _show.operations(found)
+
+
+@operations.command("get")
+@_reported
+def get_operation(name: Name, server: Where, as_json: Json = False) -> None:
+    """Tell how NAME stands."""
+    with secateur.Client(server) as client:
+        _show.operation(client.get_operation(name), as_json)
+
+
+@operations.command("cancel")
+@_reported
+def cancel_operation(name: Name, server: Where, as_json: Json = False) -> None:
+    """End NAME and its work; nothing happens to one that has ended."""
+    with secateur.Client(server) as client:
+        client.cancel_operation(name)
+        _show.operation(client.get_operation(name), as_json)
+
+
+@operations.command("delete")
+@_reported
+def delete_operation(name: Name, server: Where, as_json: Json = False) -> None:
+    """Have the server forget NAME, which must have ended."""
+    with secateur.Client(server) as client:
+        client.delete_operation(name)
+    if as_json:
+        typer.echo(json.dumps({"deleted": name}))
+
+
+@operations.command("wait")
+@_reported
+def wait_operation(
+    name: Name,
+    server: Where,
+    out: Out = None,
+    save_plan: SavePlan = None,
+    report: ReportFile = None,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Give up after; default: never.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Wait until NAME has ended, and write its result; exit as the prune would have."""
+    if out is None and (save_plan is not None or report is not None):
+        raise typer.BadParameter("say where the pruned model goes", param_hint="-o")
+    if out is not None:
+        _check_outputs(None, out, save_plan, report)
+    with secateur.Client(server) as client:
+        with _show.progress() as progress:
+            found = client.wait_operation(name, progress, timeout)
+        if not found.done:
+            raise ServerError(f"{name} is {found.state} after {timeout:g} s")
+        if found.failure is not None:
+            raise found.failure
+        if out is None:
+            _show.operation(found, as_json)
+            return
+        result = client.operation_result(name)
+    _save(result, out, save_plan, report)
+    _show.result(result, out, as_json)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"secateur {secateur.__version__}")
@@ -270,7 +374,7 @@ def _main(
 
 
 def _check_outputs(
-    model: pathlib.Path,
+    model: pathlib.Path | None,
     out: pathlib.Path,
     save_plan: pathlib.Path | None,
     report: pathlib.Path | None,
@@ -281,7 +385,7 @@ def _check_outputs(
             continue
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise typer.BadParameter(f"{path} is no place for a file", param_hint=option)
-        if path.exists() and model.exists() and path.samefile(model):
+        if model and path.exists() and model.exists() and path.samefile(model):
             raise typer.BadParameter("the original is never overwritten", param_hint=option)
     if report is not None and report.suffix not in (".json", ".html"):
         raise typer.BadParameter(f"{report} is neither .json nor .html", param_hint="--report")

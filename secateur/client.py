@@ -12,15 +12,14 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
 from secateur import _wire
-from secateur._calls import Calls, run
+from secateur._calls import Calls, methods, run
+from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, ProgressCallback
 from secateur.result import Result
-from secateur.v1 import bytestream_pb2_grpc, pruning_pb2_grpc
 
 _T = TypeVar("_T")
 
@@ -92,6 +91,86 @@ class Client:
         """Measures a model, and `against` alternately with it. Arguments and errors as `prune`."""
         return run(self._calls.profile(model, against, timeout))
 
+    # ---- operations ----
+
+    def start_prune(
+        self,
+        model: Any,
+        recipe: Recipe | None = None,
+        calibration: Any = None,
+        plan: Plan | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Operation:
+        """Starts a prune that outlives this call, this program and the server's process.
+
+        Args:
+            model, recipe, calibration, plan: as for `prune`.
+            request_id: a UUID; the same one never starts a second operation. None: a new one,
+                with which the call is repeated where that is safe.
+            timeout: in seconds, transfers included; None: the client's.
+
+        Raises:
+            Refused: the request cannot be honoured, as far as that shows without working on it.
+            ServerError: as for `prune`. ServerBusy: come again later.
+            Cancelled: `timeout` passed.
+        """
+        return run(self._calls.start_prune(model, recipe, calibration, plan, request_id, timeout))
+
+    def get_operation(self, operation: Operation | str, timeout: float | None = None) -> Operation:
+        """How an operation stands now. Raises ServerError when the server does not know it."""
+        return run(self._calls.get_operation(operation, timeout))
+
+    def list_operations(
+        self,
+        filter: str = "",  # noqa: A002
+        limit: int | None = None,
+        timeout: float | None = None,
+    ) -> list[Operation]:
+        """Operations of this client, newest first.
+
+        Args:
+            filter: `state=…` or `done=true|false`, or both joined by ` AND `; empty: all.
+            limit: how many at most; None: all.
+            timeout: in seconds; None: the client's.
+
+        Raises:
+            ServerError: the filter is not understood, or as for `prune`.
+        """
+        return run(self._calls.list_operations(filter, limit, timeout))
+
+    def wait_operation(
+        self,
+        operation: Operation | str,
+        progress: ProgressCallback | None = None,
+        timeout: float | None = None,
+    ) -> Operation:
+        """How an operation stands when it has ended, or after `timeout` seconds (None: for ever).
+
+        Args:
+            operation: it, or its name.
+            progress: called about once a second with the latest step, in the calling thread.
+            timeout: in seconds; then `done` of what is returned says whether it has ended.
+        """
+        return run(self._calls.wait_operation(operation, progress, timeout))
+
+    def cancel_operation(self, operation: Operation | str, timeout: float | None = None) -> None:
+        """Ends an operation and its work; nothing happens to one that has ended."""
+        run(self._calls.cancel_operation(operation, timeout))
+
+    def delete_operation(self, operation: Operation | str, timeout: float | None = None) -> None:
+        """Has the server forget an operation that has ended. Raises ServerError if it has not."""
+        run(self._calls.delete_operation(operation, timeout))
+
+    def operation_result(self, operation: Operation | str, timeout: float | None = None) -> Result:
+        """What an operation that has ended gave.
+
+        Raises:
+            Refused: as `prune` would have. Cancelled: it was, or `timeout` passed.
+            ServerError: it failed for another reason, or has not ended.
+        """
+        return run(self._calls.operation_result(operation, timeout))
+
     def health(self, timeout: float | None = None) -> bool:
         """Whether the server takes calls now (`timeout` in seconds). Raises ServerError."""
         return run(self._calls.health(timeout))
@@ -102,17 +181,7 @@ class _Transport:
 
     def __init__(self, channel: grpc.Channel, target: str) -> None:
         self.target = target
-        pruning = pruning_pb2_grpc.PruningStub(channel)
-        blobs = bytestream_pb2_grpc.ByteStreamStub(channel)
-        self._methods: dict[str, Any] = {
-            "Prune": pruning.Prune,
-            "Inspect": pruning.Inspect,
-            "Profile": pruning.Profile,
-            "Check": health_pb2_grpc.HealthStub(channel).Check,
-            "Read": blobs.Read,
-            "Write": blobs.Write,
-            "QueryWriteStatus": blobs.QueryWriteStatus,
-        }
+        self._methods = methods(channel)
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
         return self._wait(self._methods[method].future(request, timeout=timeout))

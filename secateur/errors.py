@@ -4,6 +4,7 @@
     ├── Refused                  model, recipe or calibration data cannot be honoured   exit 3
     │   └── VerificationFailed   the pruned model did not pass its checks               exit 4
     ├── ServerError              the server is unreachable or failed                    exit 5
+    │   └── ServerBusy           it has no room now, and says when to come again        exit 5
     └── Cancelled                the call was cancelled, or its deadline passed         exit 130
 
 A `Refusal` is the value inside: the same object is the text of the exception, the detail of a
@@ -99,6 +100,14 @@ class ServerError(SecateurError):
     """The server cannot be reached, or failed for a reason that is not the request's fault."""
 
     exit_code = 5
+
+
+class ServerBusy(ServerError):
+    """The server has no room for the request now; `retry_s` seconds later it may have."""
+
+    def __init__(self, text: str, retry_s: float) -> None:
+        super().__init__(text)
+        self.retry_s = retry_s
 
 
 class Cancelled(SecateurError):

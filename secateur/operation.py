@@ -7,7 +7,7 @@ import enum
 
 from pydantic import BaseModel, ConfigDict
 
-from secateur.errors import Refusal
+from secateur.errors import Cancelled, Refusal, SecateurError, ServerError, raised
 from secateur.report import Progress
 
 
@@ -63,3 +63,12 @@ class Operation(BaseModel):
     def done(self) -> bool:
         """Whether it has ended."""
         return self.state.done
+
+    @property
+    def failure(self) -> SecateurError | None:
+        """What a prune that ended like this raises; None unless it failed or was cancelled."""
+        if self.refusal is not None:
+            return raised(self.refusal)
+        if self.state is State.CANCELLED:
+            return Cancelled(f"{self.name} was cancelled")
+        return ServerError(f"{self.name}: {self.error}") if self.state is State.FAILED else None

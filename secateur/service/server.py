@@ -46,6 +46,8 @@ SERVICES = (
 _OPTIONS = (
     *_wire.MESSAGE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a helper
+    ("grpc.keepalive_time_ms", _wire.KEEPALIVE_MS),  # ends the work of a client that vanished
+    ("grpc.http2.min_ping_interval_without_data_ms", _wire.KEEPALIVE_MS // 2),
 )
 
 

@@ -19,7 +19,7 @@ from conftest import Server, wait_for
 
 import secateur
 from secateur import _wire
-from secateur._calls import UPLOAD_ATTEMPTS, Calls, run
+from secateur._calls import TRANSFER_ATTEMPTS, Calls, run
 from secateur._inputs import Source
 from secateur.service.blobs import BlobStore, Upload
 from secateur.service.errors import CallError
@@ -212,7 +212,7 @@ def test_client_resumes_an_upload_by_itself(
     async def breaking(messages: Iterator[Any], timeout: float | None) -> Any:
         first = next(messages)
         offsets.append(first.write_offset)
-        if len(offsets) == UPLOAD_ATTEMPTS:
+        if len(offsets) == TRANSFER_ATTEMPTS:
             return await write(iter([first, *messages]), timeout)
         await write(iter([first]), timeout)
         raise Broken

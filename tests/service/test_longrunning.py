@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -13,12 +15,17 @@ from typing import Any
 
 import grpc
 import pytest
+import typer.testing
 from conftest import Server, frozen, is_gone, perceptron, wait_for
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf import duration_pb2
 
 import secateur
+import secateur.aio
 from secateur import Recipe
+from secateur._calls import run
+from secateur._wire import recipe_to_wire
+from secateur.cli import app
 from secateur.operation import State
 from secateur.service.errors import CallError
 from secateur.service.longrunning import states_of
@@ -99,8 +106,6 @@ def test_an_operation_gives_what_the_call_gives(raw: Raw, client: secateur.Clien
     result = response(ended)
     assert result.model.blob.size_bytes == len(expected.model)
     budget = client._calls._budget(10)
-    from secateur._calls import run
-
     assert run(client._calls._receive(result.model, budget)) == expected.model
     about = metadata(ended)
     assert about.attempts == 1 and not about.HasField("queue_position")
@@ -292,8 +297,6 @@ def test_the_same_again_is_answered_from_before(own_server: Callable[..., Server
         with frozen(worker):  # nobody works
             again = client.prune(MODEL, half, progress=steps.append)
             assert (again, steps) == (first, [])
-            from secateur._wire import recipe_to_wire
-
             known = raw.start(recipe=recipe_to_wire(half))
             assert known.done and metadata(known).attempts == 0
             assert response(raw.get(known.name)).model.blob.size_bytes == len(first.model)
@@ -301,6 +304,97 @@ def test_the_same_again_is_answered_from_before(own_server: Callable[..., Server
             assert not other.done
         assert not is_gone(worker)
         assert response(raw.wait(other.name)).model
+
+
+# ---- from the clients --------------------------------------------------------------------------
+
+
+def test_the_client_starts_waits_and_fetches(client: secateur.Client) -> None:
+    half = Recipe(target={"macs": 0.5})
+    started = client.start_prune(MODEL, half)
+    assert not started.done and started.failure is None
+    steps: list[secateur.Progress] = []
+    ended = client.wait_operation(started, steps.append)
+    assert (ended.name, ended.state) == (started.name, State.SUCCEEDED)
+    result = client.operation_result(ended)
+    local = secateur.prune(MODEL, half, measure_latency=False)
+    assert (result.model, result.plan) == (local.model, local.plan)
+    assert client.get_operation(started.name) == ended
+    assert client.list_operations("state=SUCCEEDED", limit=1)[0].state is State.SUCCEEDED
+    client.delete_operation(ended)
+    with pytest.raises(secateur.ServerError, match="NOT_FOUND"):
+        client.get_operation(ended)
+
+
+def test_a_refused_operation_raises_as_the_call_does(client: secateur.Client) -> None:
+    ended = client.wait_operation(client.start_prune(b"no model"))
+    with pytest.raises(secateur.Refused) as of_call:
+        client.prune(b"no model")
+    with pytest.raises(secateur.Refused) as of_operation:
+        client.operation_result(ended)
+    assert of_operation.value.refusal == of_call.value.refusal == ended.refusal
+
+
+async def test_the_asyncio_client_does_the_same(server: Server) -> None:
+    async with secateur.aio.Client(server.address, timeout=30) as client:
+        with frozen(server.idle_worker()):
+            started = await client.start_prune(MODEL)
+            late = await client.wait_operation(started, timeout=0.2)
+            assert late.state in (State.QUEUED, State.RUNNING)
+            with pytest.raises(secateur.ServerError, match="not ended"):
+                await client.operation_result(started)
+            await client.cancel_operation(started)
+        with pytest.raises(secateur.Cancelled):
+            await client.operation_result(started)
+        assert (await client.get_operation(started)).state is State.CANCELLED
+        again = await client.start_prune(MODEL)
+        await client.wait_operation(again, lambda step: None)
+        assert (await client.operation_result(again)).model
+        assert again.name in [o.name for o in await client.list_operations("done=true")]
+        await client.delete_operation(again)
+
+
+def on_command_line(*flags: object) -> tuple[int, str]:
+    done = typer.testing.CliRunner().invoke(app, [str(flag) for flag in flags])
+    return done.exit_code, done.stdout
+
+
+def test_operations_on_the_command_line(
+    server: Server, cnn: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    at, out = ("--server", server.address), tmp_path / "slim.onnx"
+    code, said = on_command_line("prune", cnn, "--target", "macs=0.5", "--detach", *at)
+    name = said.strip()
+    assert (code, name[:11]) == (0, "operations/")
+    flags = ("-o", out, "--save-plan", tmp_path / "plan.json", "--json")
+    code, said = on_command_line("operations", "wait", name, *flags, *at)
+    assert code == 0
+    assert json.loads(said)["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    local = secateur.prune(cnn, Recipe(target={"macs": 0.5}), measure_latency=False)
+    assert out.read_bytes() == local.model
+    code, said = on_command_line("operations", "list", "--filter", "done=true", "--json", *at)
+    assert name in [operation["name"] for operation in json.loads(said)]
+    assert name in on_command_line("operations", "list", *at)[1]
+    assert json.loads(on_command_line("operations", "get", name, "--json", *at)[1])["name"] == name
+    assert on_command_line("operations", "delete", name, *at) == (0, "")
+    assert on_command_line("operations", "get", name, *at)[0] == 5
+
+
+def test_exit_codes_of_waiting(server: Server, tmp_path: pathlib.Path) -> None:
+    at = ("--server", server.address)
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    name = on_command_line("prune", bad, "--detach", *at)[1].strip()
+    assert on_command_line("operations", "wait", name, *at)[0] == 3
+    with frozen(server.idle_worker()):
+        name = on_command_line("prune", bad, "--detach", *at)[1].strip()
+        assert on_command_line("operations", "wait", name, "--timeout", 0.1, *at)[0] == 5
+        code, said = on_command_line("operations", "cancel", name, *at)
+        assert code == 0 and "CANCELLED" in said
+    assert on_command_line("operations", "wait", name, *at)[0] == 130
+    assert on_command_line("prune", bad, "--detach")[0] == 2
+    assert on_command_line("prune", bad, "--detach", "-o", tmp_path / "x", *at)[0] == 2
+    assert on_command_line("prune", bad)[0] == 2
 
 
 # ---- servers come and go -----------------------------------------------------------------------
@@ -341,8 +435,6 @@ def test_nothing_is_lost_with_the_server(own_server: Callable[..., Server], numb
         assert [state(raw.get(name)) for name in left.done] == ["SUCCEEDED", "FAILED"]
         result = response(raw.get(left.done[0]))
         with secateur.Client(server.address, timeout=60) as client:
-            from secateur._calls import run
-
             content = run(client._calls._receive(result.model, client._calls._budget(10)))
         assert content == secateur.prune(MODEL, measure_latency=False).model
         for name in (left.running, left.waiting):

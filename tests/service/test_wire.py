@@ -9,12 +9,13 @@ from typing import Any
 import grpc
 import pydantic
 import pytest
+from google.longrunning import operations_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from secateur import _wire, errors, report
+from secateur import _wire, errors, operation, report
 from secateur.errors import Code, Refusal
 from secateur.recipe import Criterion, Granularity, Recipe
-from secateur.v1 import recipe_pb2, refusal_pb2, report_pb2
+from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
 FULL_COST = report.Cost(
@@ -231,6 +232,49 @@ def test_other_failures_become_the_two_other_exceptions(
 ) -> None:
     status = _wire.failure_to_status(code, "text", "REASON", "id")
     assert type(_wire.error_of(FailedCall(status), "target")) is kind
+
+
+def test_a_busy_server_says_when_to_come_again() -> None:
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = _wire.failure_to_status(code, "text", "REASON", "id", retry_s=2.5)
+    error = _wire.error_of(FailedCall(status), "target")
+    assert isinstance(error, errors.ServerBusy)
+    assert error.retry_s == 2.5
+
+
+def test_operations_say_how_they_stand() -> None:
+    fields = set(operation.Operation.model_fields) - {"name", "error", "refusal"}
+    assert fields == set(pruning_pb2.PruneMetadata.DESCRIPTOR.fields_by_name)
+    states = enum_names(pruning_pb2.OperationState, "OPERATION_STATE_")
+    assert states == set(operation.State)
+    metadata = pruning_pb2.PruneMetadata(state="OPERATION_STATE_RUNNING", attempts=2)
+    metadata.create_time.FromSeconds(1_000_000)
+    metadata.progress.stage, metadata.progress.fraction = 3, 0.5  # type: ignore[assignment]
+    message = operations_pb2.Operation(name="operations/x")
+    message.metadata.Pack(metadata)
+    found = _wire.operation_from_wire(message)
+    assert (found.name, found.state, found.attempts) == ("operations/x", "RUNNING", 2)
+    assert found.progress is not None and found.progress.stage is report.Stage.CRITERIA
+    assert found.create_time.timestamp() == 1_000_000
+    assert found.queue_position is None and found.failure is None
+    metadata.progress.stage = 99  # type: ignore[assignment]
+    message.metadata.Pack(metadata)
+    assert _wire.operation_from_wire(message).progress is None
+
+
+def test_an_operation_fails_as_its_call_would() -> None:
+    refusal = Refusal(code=Code.VERIFICATION_FAILED, message="m", expected="1", found="2")
+    cases = [
+        ("FAILED", _wire.refusal_to_status(refusal, "id"), errors.VerificationFailed),
+        ("FAILED", status_pb2.Status(code=13, message="m"), errors.ServerError),
+        ("CANCELLED", status_pb2.Status(code=1, message="m"), errors.Cancelled),
+    ]
+    for state, status, kind in cases:
+        metadata = pruning_pb2.PruneMetadata(state=f"OPERATION_STATE_{state}")
+        metadata.create_time.FromSeconds(1)
+        message = operations_pb2.Operation(name="operations/x", done=True, error=status)
+        message.metadata.Pack(metadata)
+        assert type(_wire.operation_from_wire(message).failure) is kind
 
 
 def test_refusal_of_a_newer_server_is_shown_as_text() -> None:
