@@ -25,7 +25,7 @@ from secateur.graphops.coupling.flow import Contraction
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
-from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import open_session
@@ -86,7 +86,8 @@ def _reference(
     """The original with zeros (or, at exceptions, without the positions) where units went."""
     clone = model.clone()
     nodes = {node.outputs[0].name: node for node in clone.graph.all_nodes() if node.outputs}
-    builder = _Builder(clone.graph, clone.opset_imports.get("", 1), _types(model))
+    opset = clone.opset_imports.get("", 1)
+    builder = _Builder(clone.graph, opset, _types(model), coupling.shapes)
     exceptions: list[str] = []
     seen: set[tuple[str, int, int]] = set()
     for contraction in coupling.contractions:
@@ -142,11 +143,14 @@ def _mask(
 class _Builder:
     """Inserts the few nodes a reference needs."""
 
-    def __init__(self, graph: ir.Graph, opset: int, types: Mapping[str, ir.DataType]) -> None:
+    def __init__(
+        self, graph: ir.Graph, opset: int, types: Mapping[str, ir.DataType], shapes: Shapes
+    ) -> None:
         self._graph = graph
         self._opset = opset
         self._count = 0
         self._types = types
+        self._shapes = shapes
 
     def _name(self) -> str:
         self._count += 1
@@ -220,13 +224,10 @@ class _Builder:
         across = "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
         parameters = list(enumerate(node.inputs))[first + 1 :] if across else []
         for index, parameter in parameters:
-            if parameter is not None and parameter.const_value is not None:
-                array = parameter.const_value.numpy()
-                own = axis - (rank - array.ndim)
-                if own >= 0 and array.shape[own] == mask.size:
-                    node.replace_input_with(index, self._constant(np.take(array, stay, axis=own)))
-            elif parameter is not None:  # the other summand of a SkipLayerNormalization
-                other = self._node("Gather", [parameter, self._constant(stay)], axis=axis)
+            shape = self._shapes.of(str(parameter.name)) if parameter is not None else None
+            own = axis - (rank - len(shape or ()))
+            if parameter is not None and shape and own >= 0 and shape[own] == mask.size:
+                other = self._node("Gather", [parameter, self._constant(stay)], axis=own)
                 (node.graph or self._graph).insert_before(node, other)
                 node.replace_input_with(index, other.outputs[0])
         # Positions that went get any value: every consumer has a zero for them.
