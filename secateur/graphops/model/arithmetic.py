@@ -196,6 +196,53 @@ def _transpose(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     return [np.transpose(inputs[0], None if attribute is None else attribute.value)]  # type: ignore[arg-type]
 
 
+def _one_hot(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    indices, depth, (off, on) = inputs[0], int(inputs[1].reshape(-1)[0]), inputs[2]  # type: ignore[union-attr, misc]
+    assert indices is not None
+    if indices.size * depth > MAX_ELEMENTS:
+        raise ValueError("large")
+    places = np.where(indices < 0, indices + depth, indices)[..., None] == np.arange(depth)
+    return [np.moveaxis(np.where(places, on, off), -1, _int(node, "axis", -1))]
+
+
+def _cumulative_sum(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, axis = inputs[0], int(inputs[1].reshape(-1)[0])  # type: ignore[union-attr]
+    assert data is not None
+    if _int(node, "reverse", 0) or _int(node, "exclusive", 0):
+        raise ValueError("reversed or exclusive")
+    return [np.cumsum(data, axis, dtype=data.dtype)]
+
+
+def _arg(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+        if _int(node, "select_last_index", 0):
+            raise ValueError("the last index")
+        keep = bool(_int(node, "keepdims", 1))
+        return [function(inputs[0], axis=_int(node, "axis", 0), keepdims=keep)]
+
+    return run
+
+
+def _scatter_nd(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, indices, updates = inputs
+    assert data is not None
+    assert indices is not None
+    if "reduction" in node.attributes:
+        raise ValueError("a reduction")
+    result = data.copy()
+    result[tuple(np.moveaxis(indices, -1, 0))] = updates
+    return [result]
+
+
+def _gather_nd(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    data, indices = inputs
+    assert data is not None
+    assert indices is not None
+    if _int(node, "batch_dims", 0):
+        raise ValueError("batch_dims")
+    return [data[tuple(np.moveaxis(indices, -1, 0))]]
+
+
 _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "Identity": _elementwise(lambda x: x),
     "Abs": _elementwise(np.abs),
@@ -220,6 +267,7 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "GreaterOrEqual": _elementwise(np.greater_equal),
     "And": _elementwise(np.logical_and),
     "Or": _elementwise(np.logical_or),
+    "Xor": _elementwise(np.logical_xor),
     "Where": _elementwise(np.where),
     "Cast": _cast,
     "Clip": _clip,
@@ -240,6 +288,15 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
     "Tile": _elementwise(lambda data, repeats: np.tile(data, [int(n) for n in repeats])),
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
+    "OneHot": _one_hot,
+    "CumSum": _cumulative_sum,
+    "ArgMax": _arg(np.argmax),
+    "ArgMin": _arg(np.argmin),
+    "GatherND": _gather_nd,
+    "ScatterND": _scatter_nd,
+    "NonZero": _elementwise(lambda data: np.array(np.nonzero(data), np.int64)),
+    "Sum": _fold(np.add),
+    "Reciprocal": _elementwise(np.reciprocal),
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
     "ReduceMin": _reduce(np.min),

@@ -140,3 +140,5 @@ _TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
     "QLinearMul": _binary,
     "QLinearGlobalAveragePool": _global_pool,
 }
+
+OPERATORS = frozenset(_TABLE)

@@ -151,6 +151,37 @@ def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int
     return choices[min(attempt, len(choices) - 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One node as the walks read it: onnx_ir's properties cost more than what is asked of them.
+
+    Attributes:
+        node: itself.
+        serialised: for inference by its operator's own function.
+        inputs, outputs: names, empty where absent.
+        op_type: of the ai.onnx domain; empty for other domains.
+        bodies: its subgraphs.
+    """
+
+    node: ir.Node
+    serialised: onnx.NodeProto
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    op_type: str
+    bodies: tuple[ir.Graph, ...]
+
+    @classmethod
+    def of(cls, node: ir.Node) -> _Step:
+        return cls(
+            node=node,
+            serialised=_serialise_node(node),
+            inputs=tuple("" if value is None else value.name or "" for value in node.inputs),
+            outputs=tuple(value.name or "" for value in node.outputs),
+            op_type=node.op_type if node.domain in ("", "ai.onnx") else "",
+            bodies=tuple(bodies(node).values()),
+        )
+
+
 class _Skeleton:
     """The graph without its weights, ready for shape inference under several bindings."""
 
@@ -158,13 +189,14 @@ class _Skeleton:
         self._model = model
         graph = model.graph
         self._opsets = dict(model.opset_imports)
+        self._opset = self._opsets.get("", 1)
         self._imports = [onnx.helper.make_opsetid(d, v) for d, v in self._opsets.items()]
         self._known: dict[str, Array] = {}
         self._constants: dict[str, onnx.TypeProto] = {}
         proto = onnx.GraphProto(name="skeleton")
-        self._bodies: dict[ir.Graph, list[tuple[ir.Node, onnx.NodeProto]]] = {}
-        self._nodes = self._read(graph)
-        proto.node.extend(serialised for _, serialised in self._nodes)
+        self._bodies: dict[ir.Graph, list[_Step]] = {}
+        self._steps = self._read(graph)
+        proto.node.extend(step.serialised for step in self._steps)
         for name, array in self._known.items():
             if array.dtype.kind in "iub":  # what data propagation can use
                 proto.initializer.append(onnx.numpy_helper.from_array(array, name))
@@ -182,11 +214,11 @@ class _Skeleton:
         )
         self._input_types = {str(value.name): int(value.dtype or 1) for value in real_inputs(graph)}
 
-    def _read(self, graph: ir.Graph) -> list[tuple[ir.Node, onnx.NodeProto]]:
+    def _read(self, graph: ir.Graph) -> list[_Step]:
         """The nodes of a graph that are not constants, and of its subgraphs on the way."""
         for name, value in graph.initializers.items():
             self._add_constant(str(name), value.const_value)
-        nodes = []
+        steps = []
         for node in graph:
             if node.op_type == "Constant" and node.domain == "":
                 tensor = constant_tensor(node)
@@ -195,10 +227,11 @@ class _Skeleton:
                     continue
             if self._fold(node):
                 continue
-            for body in bodies(node).values():
+            step = _Step.of(node)
+            for body in step.bodies:
                 self._bodies[body] = self._read(body)
-            nodes.append((node, _serialise_node(node)))
-        return nodes
+            steps.append(step)
+        return steps
 
     def _add_constant(self, name: str, tensor: ir.TensorProtocol | None) -> None:
         if tensor is None:
@@ -214,10 +247,15 @@ class _Skeleton:
 
     def _fold(self, node: ir.Node) -> bool:
         """Evaluates arithmetic on constants once, for all bindings and for data propagation."""
-        known = (value is None or value.name in self._known for value in node.inputs)
-        if not node.inputs or not all(known):
+        if node.op_type not in arithmetic.OPERATORS or node.domain not in ("", "ai.onnx"):
             return False
-        outputs = self._evaluate(node, {}, self._known)
+        inputs = []
+        for value in node.inputs:
+            array = None if value is None else self._known.get(value.name or "")
+            if array is None and value is not None:
+                return False
+            inputs.append(array)
+        outputs = arithmetic.evaluate(node, inputs, self._opset) if inputs else None
         if outputs is None:
             return False
         for value, array in zip(node.outputs, outputs, strict=False):
@@ -246,8 +284,8 @@ class _Skeleton:
             types.setdefault(info.name, info.type)
         shapes = {name: _shape_of(type_proto) for name, type_proto in types.items()}
         values = dict(self._known)
-        for node, serialised in self._nodes:
-            self._visit(node, serialised, types, shapes, values, strict)
+        for step in self._steps:
+            self._visit(step, types, shapes, values, strict)
         return {name: shape for name, shape in shapes.items() if shape is not None}, values
 
     def _whole_graph(self, strict: bool) -> list[onnx.ValueInfoProto]:
@@ -265,34 +303,27 @@ class _Skeleton:
 
     def _visit(
         self,
-        node: ir.Node,
-        serialised: onnx.NodeProto,
+        step: _Step,
         types: dict[str, onnx.TypeProto],
         shapes: dict[str, Shape | None],
         values: dict[str, Array],
         strict: bool,
     ) -> None:
-        outputs = self._evaluate(node, shapes, values)
+        outputs = self._evaluate(step, shapes, values)
         if outputs is not None:
-            for value, array in zip(node.outputs, outputs, strict=False):
-                name = str(value.name)
+            for name, array in zip(step.outputs, outputs, strict=False):
                 values[name] = array
                 shapes[name] = array.shape
                 types.pop(name, None)  # less may have been known of it
             return
-        for body in bodies(node).values():
-            self._visit_body(node, body, types, shapes, values, strict)
-        if strict and node.op_type == "Gather":
-            _check_indices(node, shapes, values)
-        if strict and node.op_type in _BROADCASTING:
-            _check_broadcast(node, shapes)
-        if strict and node.op_type == "Concat":
-            _check_concat(node, shapes)
-        if all(_is_complete(shapes.get(value.name or "")) for value in node.outputs if value.name):
+        for body in step.bodies:
+            self._visit_body(step.node, body, types, shapes, values, strict)
+        if strict and (check := _CHECKS.get(step.op_type)) is not None:
+            check(step, shapes, values)
+        if all(_is_complete(shapes.get(name)) for name in step.outputs if name):
             return
-        if self._infer_contrib(node, types, shapes):
-            return
-        self._infer_node(node, serialised, types, shapes, values, strict)
+        if not self._infer_contrib(step, types, shapes):
+            self._infer_node(step, types, shapes, values, strict)
 
     def _visit_body(
         self,
@@ -317,8 +348,8 @@ class _Skeleton:
             shapes[inner.name] = shape
             elements = known.tensor_type.elem_type
             types[inner.name] = onnx.helper.make_tensor_type_proto(elements, shape)
-        for inner_node, serialised in self._bodies[body]:
-            self._visit(inner_node, serialised, types, shapes, values, strict)
+        for step in self._bodies[body]:
+            self._visit(step, types, shapes, values, strict)
         for result, inner, scan in body_outputs(node, body):
             shape = shapes.get(inner.name or "")
             if shape is None or not result.name:
@@ -334,64 +365,51 @@ class _Skeleton:
 
     def _infer_contrib(
         self,
-        node: ir.Node,
+        step: _Step,
         types: dict[str, onnx.TypeProto],
         shapes: dict[str, Shape | None],
     ) -> bool:
         """Operators whose schema onnx has no shape inference for."""
-        known = [None if value is None else shapes.get(value.name or "") for value in node.inputs]
-        inferred = contrib.infer(node, known)
+        node = step.node
+        if node.op_type not in contrib.OPERATORS:
+            return False
+        inferred = contrib.infer(node, [shapes.get(name) if name else None for name in step.inputs])
         if inferred is None:
             return False
-        source = types.get(node.inputs[0].name or "") if node.inputs[0] is not None else None
+        source = types.get(step.inputs[0])
         dtype = source.tensor_type.elem_type if source is not None else onnx.TensorProto.FLOAT
         if node.op_type in contrib.COMPARISONS:
             dtype = onnx.TensorProto.BOOL
-        for value, shape in zip(node.outputs, inferred, strict=False):
-            if shape is not None and value.name:
-                shapes[value.name] = shape
-                types[value.name] = onnx.helper.make_tensor_type_proto(dtype, shape)
+        for name, shape in zip(step.outputs, inferred, strict=False):
+            if shape is not None and name:
+                shapes[name] = shape
+                types[name] = onnx.helper.make_tensor_type_proto(dtype, shape)
         return True
 
     def _evaluate(
-        self, node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
+        self, step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
     ) -> list[Array] | None:
-        if node.domain not in ("", "ai.onnx"):
-            return None
-        if node.op_type in ("Shape", "Size") and node.inputs and node.inputs[0] is not None:
-            shape = shapes.get(node.inputs[0].name or "")
-            if not _is_complete(shape):
-                return None
-            sizes = np.array(shape, np.int64)
-            if node.op_type == "Size":
-                return [np.array(sizes.prod(), np.int64)]
-            start = node.attributes.get("start")
-            end = node.attributes.get("end")
-            begin = 0 if start is None else int(start.value)
-            return [sizes[begin : None if end is None else int(end.value)]]
-        if node.op_type not in arithmetic.OPERATORS:
+        if step.op_type in ("Shape", "Size") and step.inputs:
+            return _sizes(step, shapes.get(step.inputs[0]))
+        if step.op_type not in arithmetic.OPERATORS or not step.inputs:
             return None
         inputs: list[Array | None] = []
-        for value in node.inputs:
-            if value is None:
-                inputs.append(None)
-            elif (array := values.get(value.name or "")) is None:
+        for name in step.inputs:
+            array = values.get(name) if name else None
+            if array is None and name:
                 return None
-            else:
-                inputs.append(array)
-        if not inputs:
-            return None
-        return arithmetic.evaluate(node, inputs, self._opsets.get("", 1))
+            inputs.append(array)
+        return arithmetic.evaluate(step.node, inputs, self._opset)
 
     def _infer_node(
         self,
-        node: ir.Node,
-        serialised: onnx.NodeProto,
+        step: _Step,
         types: dict[str, onnx.TypeProto],
         shapes: dict[str, Shape | None],
         values: Mapping[str, Array],
         strict: bool,
     ) -> None:
+        node, serialised = step.node, step.serialised
         domain = "" if node.domain == "ai.onnx" else node.domain
         standard = contrib.as_standard(serialised)
         if standard is not None:
@@ -437,10 +455,6 @@ class _Skeleton:
             types[name] = type_proto
             shapes[name] = _shape_of(type_proto)
 
-
-_BROADCASTING = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Equal", "Less", "Greater"]
-)
 
 _EVALUATED = (
     ir.DataType.INT64,
@@ -542,41 +556,69 @@ def _contradicts(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("incompatible", "mismatch", "divisible"))
 
 
+def _sizes(step: _Step, shape: Shape | None) -> list[Array] | None:
+    """What Shape and Size answer."""
+    if not _is_complete(shape):
+        return None
+    sizes = np.array(shape, np.int64)
+    if step.op_type == "Size":
+        return [np.array(sizes.prod(), np.int64)]
+    start, end = step.node.attributes.get("start"), step.node.attributes.get("end")
+    begin = 0 if start is None else int(start.value)
+    return [sizes[begin : None if end is None else int(end.value)]]
+
+
 def _check_indices(
-    node: ir.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
+    step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
 ) -> None:
     """A position beyond the end of its table shows that a sequence was bound too long."""
-    data, indices = node.inputs[0], node.inputs[1]
-    if data is None or indices is None:
+    if len(step.inputs) < 2:
         return
-    shape, known = shapes.get(data.name or ""), values.get(indices.name or "")
-    axis = node.attributes.get("axis")
+    shape, known = shapes.get(step.inputs[0]), values.get(step.inputs[1])
+    axis = step.node.attributes.get("axis")
     place = 0 if axis is None else int(axis.value)
     size = shape[place] if shape and -len(shape) <= place < len(shape) else None
     if known is not None and known.size and size is not None and int(known.max()) >= size:
         raise _InvalidBinding
 
 
-def _check_broadcast(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
+def _check_broadcast(
+    step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
+) -> None:
     """Whole-graph inference lets operands pass whose sizes disagree."""
-    known = [shapes.get(value.name or "") for value in node.inputs if value is not None]
+    known = {shapes.get(name) for name in step.inputs if name}
     complete = [shape for shape in known if shape is not None and None not in shape]
+    if len(complete) < 2:
+        return
     try:
         np.broadcast_shapes(*complete)  # type: ignore[arg-type]
     except ValueError:
         raise _InvalidBinding from None
 
 
-def _check_concat(node: ir.Node, shapes: Mapping[str, Shape | None]) -> None:
+def _check_concat(
+    step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
+) -> None:
     """Operands of a Concat agree on every other axis."""
-    known = [shapes.get(value.name or "") for value in node.inputs if value is not None]
+    known = [shapes.get(name) for name in step.inputs if name]
     complete = [shape for shape in known if shape is not None and None not in shape]
     if not complete or len({len(shape) for shape in complete}) > 1 or not complete[0]:
         return
-    attribute = node.attributes.get("axis")
+    attribute = step.node.attributes.get("axis")
     axis = (1 if attribute is None else int(attribute.value)) % len(complete[0])
     if len({shape[:axis] + shape[axis + 1 :] for shape in complete}) > 1:
         raise _InvalidBinding
+
+
+# Operator → what contradicts the sizes chosen for symbolic axes.
+_CHECKS = {
+    "Gather": _check_indices,
+    "Concat": _check_concat,
+    **dict.fromkeys(
+        ["Add", "Sub", "Mul", "Div", "Pow", "Where", "And", "Or", "Equal", "Less", "Greater"],
+        _check_broadcast,
+    ),
+}
 
 
 def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
