@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 from nets import INT64, Net
 
+from secateur.graphops.model import arithmetic
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.shapes import Shapes, infer_shapes
+from secateur.graphops.verify.runtime import open_session
 
 
 def shapes_of(net: Net) -> Shapes:
@@ -48,3 +53,31 @@ def test_shape_arithmetic_is_evaluated_and_knows_what_follows_the_input() -> Non
     assert shapes.values[twice].tolist() == [4, 8, 12]
     assert fixed is not None
     assert fixed.tolist() == [False, True, True]
+
+
+INTEGERS = np.array([[3, 0, 2], [1, 2, 0]], np.int64)
+NEW = [
+    ("OneHot", [INTEGERS, np.int64(4), np.array([0, 7], np.int64)], {"axis": 1}),
+    ("OneHot", [INTEGERS - 1, np.int64(4), np.array([0, 7], np.int64)], {}),
+    ("CumSum", [INTEGERS, np.int64(1)], {}),
+    ("ArgMax", [INTEGERS], {"axis": 1, "keepdims": 0}),
+    ("ArgMin", [INTEGERS], {}),
+    ("GatherND", [INTEGERS, np.array([[1, 2], [0, 0]], np.int64)], {}),
+    ("ScatterND", [INTEGERS, np.array([[1]], np.int64), INTEGERS[:1]], {}),
+    ("NonZero", [INTEGERS], {}),
+]
+
+
+@pytest.mark.parametrize(("op_type", "inputs", "attributes"), NEW)
+def test_arithmetic_gives_what_onnx_runtime_gives(
+    op_type: str, inputs: list[Any], attributes: dict[str, Any]
+) -> None:
+    net = Net()
+    names = [net.input(f"i{n}", list(np.shape(item)), INT64) for n, item in enumerate(inputs)]
+    net.output(net.op(op_type, *names, **attributes), INT64)
+    feeds = dict(zip(names, inputs, strict=True))
+    (wanted,) = open_session(net.bytes()).run(None, feeds)
+    node = open_model(net.bytes()).model.graph[0]
+    found = arithmetic.evaluate(node, inputs, net.opset)
+    assert found is not None
+    np.testing.assert_array_equal(found[0], wanted)
