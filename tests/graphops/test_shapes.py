@@ -75,7 +75,7 @@ def test_arithmetic_gives_what_onnx_runtime_gives(
     net = Net()
     names = [net.input(f"i{n}", list(np.shape(item)), INT64) for n, item in enumerate(inputs)]
     net.output(net.op(op_type, *names, **attributes), INT64)
-    feeds = dict(zip(names, inputs, strict=True))
+    feeds = {name: np.asarray(item) for name, item in zip(names, inputs, strict=True)}
     (wanted,) = open_session(net.bytes()).run(None, feeds)
     node = open_model(net.bytes()).model.graph[0]
     found = arithmetic.evaluate(node, inputs, net.opset)
