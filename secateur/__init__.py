@@ -34,6 +34,7 @@ from secateur.result import Result
 
 if TYPE_CHECKING:
     import secateur.aio as aio
+    from secateur._connect import Tls
     from secateur.client import Client
     from secateur.graphops import inspect, profile, prune
 
@@ -57,6 +58,7 @@ __all__ = [
     "ServerBusy",
     "ServerError",
     "Stage",
+    "Tls",
     "VerificationFailed",
     "__version__",
     "aio",
@@ -67,6 +69,7 @@ __all__ = [
 
 _LAZY = {
     "Client": "secateur.client",
+    "Tls": "secateur._connect",
     "inspect": "secateur.graphops",
     "profile": "secateur.graphops",
     "prune": "secateur.graphops",

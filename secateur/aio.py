@@ -12,6 +12,7 @@ import grpc.aio
 
 from secateur import _wire
 from secateur._calls import Calls, methods
+from secateur._connect import Metadata, Tls, headers
 from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
@@ -27,10 +28,21 @@ class Client:
     Cancelling a task that awaits a call cancels the call and ends its work on the server.
     """
 
-    def __init__(self, target: str, timeout: float | None = None) -> None:
-        # TLS and tokens come in here: a channel with credentials instead
-        self._channel = grpc.aio.insecure_channel(target, options=_wire.channel_options(target))
-        self._calls = Calls(_Transport(self._channel, target), timeout)
+    def __init__(
+        self,
+        target: str,
+        timeout: float | None = None,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
+        metadata = headers(target, tls, token)
+        options = _wire.channel_options(target)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, tls.credentials(), options=options)
+        self._calls = Calls(_Transport(self._channel, target, metadata), timeout)
 
     async def __aenter__(self) -> Client:
         return self
@@ -135,15 +147,16 @@ class Client:
 class _Transport:
     """Awaits. Cancelling the awaiting task cancels the call."""
 
-    def __init__(self, channel: grpc.aio.Channel, target: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: str, metadata: Metadata) -> None:
         self.target = target
         self._methods = methods(channel)
+        self._metadata = metadata
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
-        return await self._methods[method](request, timeout=timeout)
+        return await self._methods[method](request, timeout=timeout, metadata=self._metadata)
 
     async def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        call = self._methods[method](request, timeout=timeout)
+        call = self._methods[method](request, timeout=timeout, metadata=self._metadata)
         try:
             async for response in call:
                 yield response
@@ -155,7 +168,7 @@ class _Transport:
             while (request := await asyncio.to_thread(next, requests, None)) is not None:
                 yield request
 
-        return await self._methods["Write"](read_aside(), timeout=timeout)
+        return await self._methods["Write"](read_aside(), timeout=timeout, metadata=self._metadata)
 
     async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.to_thread(function, *args)

@@ -20,11 +20,12 @@ import typer
 
 import secateur
 from secateur import _show
+from secateur._flags import NONE, Connection, connecting
 from secateur.errors import Cancelled, SecateurError, ServerError
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.result import write_atomically
-from secateur.service.command import serve
+from secateur.service.command import serve, token
 
 if TYPE_CHECKING:
     from secateur.result import Result
@@ -48,10 +49,6 @@ def main() -> None:
 # ---- what the commands share -------------------------------------------------------------------
 
 Model = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.")]
-Server = Annotated[
-    str | None,
-    typer.Option(metavar="HOST:PORT", help="Let this server do the work, instead of this process."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RecipeFile = Annotated[
     pathlib.Path | None,
@@ -96,14 +93,14 @@ def _reported(command: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 @contextlib.contextmanager
-def _engine(server: str | None) -> Iterator[Any]:
+def _engine(connection: Connection) -> Iterator[Any]:
     """Who does the work, with the calls prune, inspect and profile: a server or this process."""
-    if server is None:
+    if connection.server is None:
         import secateur.graphops as engine
 
         yield engine
     else:
-        with secateur.Client(server) as client:
+        with connection.client() as client:
             yield client
 
 
@@ -138,6 +135,7 @@ def _kinds(text: str | None) -> list[str] | None:
 
 @app.command()
 @_reported
+@connecting
 def prune(
     model: Model,
     out: Out = None,
@@ -177,7 +175,7 @@ def prune(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of everything random.")
     ] = None,
-    server: Server = None,
+    connection: Connection = NONE,
     detach: Annotated[
         bool,
         typer.Option(
@@ -202,17 +200,17 @@ def prune(
     wanted = _recipe(recipe, flags)
     replayed = Plan.load(plan) if plan is not None else None
     if detach:
-        if server is None or any(place is not None for place in (out, save_plan, report)):
+        if connection.server is None or out or save_plan or report:
             text = "needs --server, and `operations wait` says where its result goes"
             raise typer.BadParameter(text, param_hint="--detach")
-        with secateur.Client(server) as client:
+        with connection.client() as client:
             started = client.start_prune(model, wanted, calibration, replayed)
         typer.echo(json.dumps(_show.plain(started)) if as_json else started.name)
         return
     if out is None:
         raise typer.BadParameter("say where the pruned model goes", param_hint="-o")
     _check_outputs(model, out, save_plan, report)
-    with _engine(server) as engine, _show.progress() as progress:
+    with _engine(connection) as engine, _show.progress() as progress:
         result = engine.prune(
             model, wanted, calibration=calibration, plan=replayed, progress=progress
         )
@@ -222,17 +220,18 @@ def prune(
 
 @app.command()
 @_reported
+@connecting
 def inspect(
     model: Model,
     granularity: Granularity = None,
     ignore: Ignore = None,
     recipe: RecipeFile = None,
-    server: Server = None,
+    connection: Connection = NONE,
     as_json: Json = False,
 ) -> None:
     """Tell what can go in MODEL, what must stay and why."""
     wanted = _recipe(recipe, {"granularity": _kinds(granularity), "ignore": ignore or None})
-    with _engine(server) as engine:
+    with _engine(connection) as engine:
         found = engine.inspect(model, wanted)
     if as_json:
         typer.echo(json.dumps(_show.plain(found)))
@@ -242,17 +241,18 @@ def inspect(
 
 @app.command()
 @_reported
+@connecting
 def profile(
     model: Model,
     against: Annotated[
         pathlib.Path | None,
         typer.Option(metavar="MODEL", help="Measure this one alternately, and compare outputs."),
     ] = None,
-    server: Server = None,
+    connection: Connection = NONE,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: MACs, params, bytes, latency, memory, drift."""
-    with _engine(server) as engine:
+    with _engine(connection) as engine:
         found = engine.profile(model, against=against)
     if as_json:
         typer.echo(json.dumps(_show.plain(found)))
@@ -261,6 +261,7 @@ def profile(
 
 
 app.command()(_reported(serve))
+app.command()(token)
 
 
 # ---- operations --------------------------------------------------------------------------------
@@ -271,13 +272,13 @@ operations = typer.Typer(
 app.add_typer(operations, name="operations")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The operation: operations/…")]
-Where = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="The server.")]
 
 
 @operations.command("list")
 @_reported
+@connecting
 def list_operations(
-    server: Where,
+    connection: Connection,
     filter: Annotated[  # noqa: A002
         str, typer.Option(metavar="FILTER", help="state=…, or done=true|false.")
     ] = "",
@@ -287,7 +288,7 @@ def list_operations(
     as_json: Json = False,
 ) -> None:
     """List operations, newest first."""
-    with secateur.Client(server) as client:
+    with connection.client() as client:
         found = client.list_operations(filter, limit)
     if as_json:
         typer.echo(json.dumps([_show.plain(operation) for operation in found]))
@@ -297,26 +298,29 @@ def list_operations(
 
 @operations.command("get")
 @_reported
-def get_operation(name: Name, server: Where, as_json: Json = False) -> None:
+@connecting
+def get_operation(name: Name, connection: Connection, as_json: Json = False) -> None:
     """Tell how NAME stands."""
-    with secateur.Client(server) as client:
+    with connection.client() as client:
         _show.operation(client.get_operation(name), as_json)
 
 
 @operations.command("cancel")
 @_reported
-def cancel_operation(name: Name, server: Where, as_json: Json = False) -> None:
+@connecting
+def cancel_operation(name: Name, connection: Connection, as_json: Json = False) -> None:
     """End NAME and its work; nothing happens to one that has ended."""
-    with secateur.Client(server) as client:
+    with connection.client() as client:
         client.cancel_operation(name)
         _show.operation(client.get_operation(name), as_json)
 
 
 @operations.command("delete")
 @_reported
-def delete_operation(name: Name, server: Where, as_json: Json = False) -> None:
+@connecting
+def delete_operation(name: Name, connection: Connection, as_json: Json = False) -> None:
     """Have the server forget NAME, which must have ended."""
-    with secateur.Client(server) as client:
+    with connection.client() as client:
         client.delete_operation(name)
     if as_json:
         typer.echo(json.dumps({"deleted": name}))
@@ -324,9 +328,10 @@ def delete_operation(name: Name, server: Where, as_json: Json = False) -> None:
 
 @operations.command("wait")
 @_reported
+@connecting
 def wait_operation(
     name: Name,
-    server: Where,
+    connection: Connection,
     out: Out = None,
     save_plan: SavePlan = None,
     report: ReportFile = None,
@@ -340,7 +345,7 @@ def wait_operation(
         raise typer.BadParameter("say where the pruned model goes", param_hint="-o")
     if out is not None:
         _check_outputs(None, out, save_plan, report)
-    with secateur.Client(server) as client:
+    with connection.client() as client:
         with _show.progress() as progress:
             found = client.wait_operation(name, progress, timeout)
         if not found.done:

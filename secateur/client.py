@@ -15,6 +15,7 @@ import grpc
 
 from secateur import _wire
 from secateur._calls import Calls, methods, run
+from secateur._connect import Metadata, Tls, headers
 from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
@@ -31,12 +32,29 @@ class Client:
         target: `host:port`, or any gRPC target name.
         timeout: of each call with its transfers, in seconds, unless the call says otherwise;
             None: no limit.
+        tls: how to connect by TLS; None: without.
+        token: what tells the server who calls; only by TLS, or to this machine itself.
+
+    Raises:
+        OSError: a file of `tls` cannot be read.
+        ValueError: the token would travel readable; a certificate has no key.
     """
 
-    def __init__(self, target: str, timeout: float | None = None) -> None:
-        # TLS and tokens come in here: a channel with credentials instead
-        self._channel = grpc.insecure_channel(target, options=_wire.channel_options(target))
-        self._calls = Calls(_Transport(self._channel, target), timeout)
+    def __init__(
+        self,
+        target: str,
+        timeout: float | None = None,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+    ) -> None:
+        metadata = headers(target, tls, token)
+        options = _wire.channel_options(target)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=options)
+        self._calls = Calls(_Transport(self._channel, target, metadata), timeout)
 
     def __enter__(self) -> Client:
         return self
@@ -179,15 +197,18 @@ class Client:
 class _Transport:
     """Blocks, and so never suspends. Every call is cancelled when an exception (Ctrl-C) ends it."""
 
-    def __init__(self, channel: grpc.Channel, target: str) -> None:
+    def __init__(self, channel: grpc.Channel, target: str, metadata: Metadata) -> None:
         self.target = target
         self._methods = methods(channel)
+        self._metadata = metadata
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
-        return self._wait(self._methods[method].future(request, timeout=timeout))
+        return self._wait(
+            self._methods[method].future(request, timeout=timeout, metadata=self._metadata)
+        )
 
     async def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        call = self._methods[method](request, timeout=timeout)
+        call = self._methods[method](request, timeout=timeout, metadata=self._metadata)
         try:
             for response in call:
                 yield response
@@ -195,7 +216,9 @@ class _Transport:
             call.cancel()
 
     async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
-        return self._wait(self._methods["Write"].future(requests, timeout=timeout))
+        return self._wait(
+            self._methods["Write"].future(requests, timeout=timeout, metadata=self._metadata)
+        )
 
     async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
         return function(*args)

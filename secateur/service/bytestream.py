@@ -9,8 +9,8 @@ from typing import IO, Any
 import grpc
 
 from secateur import _wire
+from secateur.service.auth import caller
 from secateur.service.blobs import BlobName, BlobStore, Upload
-from secateur.service.callers import client_of
 from secateur.service.errors import CallError
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc
 
@@ -28,7 +28,7 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
             text = f"offset {request.read_offset}, limit {request.read_limit} of {blob.size} bytes"
             raise CallError(grpc.StatusCode.OUT_OF_RANGE, "OUT_OF_RANGE", text)
         left = request.read_limit or blob.size
-        with await asyncio.to_thread(self._store.open, client_of(context), blob) as file:
+        with await asyncio.to_thread(self._store.open, caller(), blob) as file:
             file.seek(request.read_offset)
             while chunk := await asyncio.to_thread(file.read, min(_wire.CHUNK, left)):
                 left -= len(chunk)
@@ -41,7 +41,7 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
         if first is None:
             text = "the stream has no message"
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_STREAM", text)
-        client, name = client_of(context), first.resource_name
+        client, name = caller(), first.resource_name
         found = await asyncio.to_thread(self._store.upload, client, name, create=True)
         if isinstance(found, BlobName):
             return bytestream_pb2.WriteResponse(committed_size=found.size)
@@ -54,7 +54,7 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
 
     async def QueryWriteStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tells how much of an upload has arrived."""
-        client, name = client_of(context), request.resource_name
+        client, name = caller(), request.resource_name
         found = await asyncio.to_thread(self._store.upload, client, name, create=False)
         whole = isinstance(found, BlobName)
         return bytestream_pb2.QueryWriteStatusResponse(

@@ -30,16 +30,26 @@ def serve(
         settings = ServerConfig.load(config, given)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if check_config:
-        typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
-        return
     import asyncio
 
     from secateur.service import logs
+    from secateur.service.server import check
     from secateur.service.server import serve as run
 
+    if check_config:
+        check(settings)
+        typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
+        return
     logs.set_up(settings.log_level, settings.log_format)
     asyncio.run(run(settings, lambda address: typer.echo(f"listening on {address}")))
+
+
+def token() -> None:
+    """Make a token for a client of a server, and the hash of it that the clients file holds."""
+    from secateur.service.auth import new_token
+
+    made, hashed = new_token()
+    typer.echo(f"token: {made}\nhash: {hashed}")
 
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:

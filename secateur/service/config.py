@@ -48,8 +48,25 @@ class ServerConfig(BaseModel):
     )
     insecure_public: bool = Field(
         False,
-        description="Allow an address that other machines reach, with no credentials asked: for "
+        description="Allow an address that other machines reach without TLS and clients: for "
         "containers, whose own network is the wall.",
+    )
+    tls_certificate: pathlib.Path | None = Field(
+        None, description="PEM file: this server's certificate and what leads to its CA."
+    )
+    tls_key: pathlib.Path | None = Field(None, description="PEM file: the certificate's key.")
+    tls_client_ca: pathlib.Path | None = Field(
+        None, description="PEM file: CAs; only clients with a certificate of theirs may connect."
+    )
+    clients: pathlib.Path | None = Field(
+        None,
+        description="YAML file: who may call, by token or by certificate; each sees only what "
+        "is its own. See docs/operating.md.",
+    )
+    health_listen: str | None = Field(
+        None,
+        description="HOST:PORT that answers health checks and nothing else, without TLS: for "
+        "probes that know neither.",
     )
     grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
     max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
@@ -116,15 +133,28 @@ class ServerConfig(BaseModel):
         """
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"log_level must be debug, info, warning or error: {self.log_level!r}")
-        if self.listen.startswith("unix:") or is_loopback(_host(self.listen, "listen")):
+        self._check_tls()
+        if self.health_listen is not None:
+            _host(self.health_listen, "health_listen")
+        if self.insecure_public or self.listen.startswith("unix:"):
             return
-        # with TLS and tokens, credentials will be the other way to be allowed here
-        if not self.insecure_public:
-            raise ValueError(
-                f"{self.listen} can be reached from other machines, and this server asks "
-                "nobody who they are: listen on 127.0.0.1, or say --insecure-public if the "
-                "network around it is closed"
-            )
+        if is_loopback(_host(self.listen, "listen")) or (self.tls_certificate and self.clients):
+            return
+        raise ValueError(
+            f"{self.listen} can be reached from other machines: listen on 127.0.0.1, or give "
+            "--tls-certificate, --tls-key and --clients, or say --insecure-public if the network "
+            "around it is closed"
+        )
+
+    def _check_tls(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_client_ca and not (self.tls_certificate and self.clients):
+            raise ValueError("tls_client_ca needs tls_certificate, tls_key and clients beside it")
+        for name in ("tls_certificate", "tls_key", "tls_client_ca", "clients"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: {path} is not a file")
 
 
 def _host(address: str, setting: str) -> str:

@@ -21,14 +21,12 @@ from google.rpc import status_pb2
 from secateur import _wire
 from secateur.errors import Refused
 from secateur.service import logs
+from secateur.service.calls import rebuilt
 
 log = logging.getLogger("secateur.service")
 
-_OURS = (
-    "/secateur.",
-    "/google.bytestream.",
-    "/google.longrunning.",
-)  # health and reflection map their own errors
+# health maps its own errors
+_OURS = ("/secateur.", "/google.bytestream.", "/google.longrunning.", "/grpc.reflection.")
 
 
 class CallError(Exception):
@@ -75,20 +73,8 @@ class ErrorMap(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         if handler is None or not method.startswith(_OURS):
             return handler
-        make = getattr(
-            grpc,
-            f"{'stream' if handler.request_streaming else 'unary'}_"
-            f"{'stream' if handler.response_streaming else 'unary'}_rpc_method_handler",
-        )
-        wrap, behaviour = (
-            (_streaming, handler.unary_stream or handler.stream_stream)
-            if handler.response_streaming
-            else (_single, handler.unary_unary or handler.stream_unary)
-        )
-        return make(
-            functools.partial(wrap, method, behaviour),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+        return rebuilt(
+            handler, functools.partial(_single, method), functools.partial(_streaming, method)
         )
 
 

@@ -61,7 +61,7 @@ class Jobs:
             job["plan"] = request.HasField("plan")
             if job["plan"]:
                 await self._place(client, request.plan, folder / "plan.json", Code.INVALID_PLAN)
-            async with contextlib.aclosing(self._run(job)) as steps:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._run(client, job)) as steps:  # type: ignore[type-var]
                 async for step in steps:
                     yield step
             result = await self._result(client, folder)
@@ -84,7 +84,7 @@ class Jobs:
         async with self._folder() as folder:
             job = {"call": "inspect", "folder": str(folder), "recipe": _recipe(request)}
             await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
-            await self._finish(job)
+            await self._finish(client, job)
             found: Inspection = await asyncio.to_thread(
                 _load, folder / "inspection.json", Inspection
             )
@@ -99,7 +99,7 @@ class Jobs:
             if job["against"]:
                 target = folder / "against.onnx"
                 await self._place(client, request.against, target, Code.INVALID_MODEL)
-            await self._finish(job)
+            await self._finish(client, job)
             found: Profile = await asyncio.to_thread(_load, folder / "profile.json", Profile)
             return found
 
@@ -161,13 +161,13 @@ class Jobs:
 
     # ---- work ----
 
-    async def _run(self, job: dict[str, Any]) -> AsyncIterator[Progress]:
+    async def _run(self, client: str, job: dict[str, Any]) -> AsyncIterator[Progress]:
         """Steps of a job; ends when its files are there.
 
         Raises:
             Refused: the engine refused. CallError: the worker died. RuntimeError: a defect of ours.
         """
-        async with contextlib.aclosing(self._pool.run(job)) as messages:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._pool.run(client, job)) as messages:  # type: ignore[type-var]
             async for message in messages:
                 if "progress" in message:
                     yield Progress.model_validate(message["progress"])
@@ -176,8 +176,8 @@ class Jobs:
                 elif "failed" in message:
                     raise RuntimeError(f"in the worker: {message['failed']}")
 
-    async def _finish(self, job: dict[str, Any]) -> None:
-        async with contextlib.aclosing(self._run(job)) as steps:  # type: ignore[type-var]
+    async def _finish(self, client: str, job: dict[str, Any]) -> None:
+        async with contextlib.aclosing(self._run(client, job)) as steps:  # type: ignore[type-var]
             async for _ in steps:
                 pass
 

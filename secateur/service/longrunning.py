@@ -9,7 +9,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf import empty_pb2
 
 from secateur.operation import State
-from secateur.service.callers import client_of
+from secateur.service.auth import caller
 from secateur.service.errors import CallError
 from secateur.service.runner import Runner
 
@@ -26,7 +26,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]
 
     async def GetOperation(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tells how an operation stands."""
-        return await self._runner.get(client_of(context), request.name)
+        return await self._runner.get(caller(), request.name)
 
     async def ListOperations(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Lists operations, newest first, a page at a time."""
@@ -36,7 +36,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]
             raise _bad("BAD_PAGE", f"page_size is {request.page_size}, and must not be negative")
         states, before = states_of(request.filter), _before(request.page_token)
         size = min(request.page_size or _PAGE, _MAX_PAGE)
-        page, following = await self._runner.page(client_of(context), states, before, size)
+        page, following = await self._runner.page(caller(), states, before, size)
         return operations_pb2.ListOperationsResponse(
             operations=page, next_page_token="" if following is None else str(following)
         )
@@ -49,16 +49,16 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]
             timeout = min(timeout, max(asked, 0.0))
         if left is not None:
             timeout = min(timeout, max(left, 0.0))
-        return await self._runner.wait(client_of(context), request.name, timeout)
+        return await self._runner.wait(caller(), request.name, timeout)
 
     async def CancelOperation(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Ends an operation and its worker."""
-        await self._runner.cancel(client_of(context), request.name)
+        await self._runner.cancel(caller(), request.name)
         return empty_pb2.Empty()
 
     async def DeleteOperation(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Forgets an operation that has ended."""
-        await self._runner.delete(client_of(context), request.name)
+        await self._runner.delete(caller(), request.name)
         return empty_pb2.Empty()
 
 

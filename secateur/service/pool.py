@@ -54,6 +54,7 @@ class Worker:
         pid: its process id.
         home: the folder that is its own; gone with it.
         jobs: how many it was given.
+        client: whose; None before the first.
         gaps: walls of its jail that could not be raised; known once it is ready.
     """
 
@@ -64,6 +65,7 @@ class Worker:
         self.pid = process.pid
         self.home = home
         self.jobs = 0
+        self.client: str | None = None
         self.gaps: list[str] = []
 
     @classmethod
@@ -185,10 +187,13 @@ class WorkerPool:
                 raise ServerError(text)
             log.warning(text)
 
-    async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Messages of a job; see `Worker.run`. Closing the iterator kills the job at once."""
+    async def run(self, client: str, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Messages of a job; see `Worker.run`. Closing the iterator kills the job at once.
+
+        A worker works for one client only: whoever takes it over finds nothing of anybody else's.
+        """
         async with self._slots:
-            worker = await self._take()
+            worker = await self._take(client)
             clean = False
             folder = pathlib.Path(job["folder"])
             inside = folder.rename(worker.home / folder.name)
@@ -220,13 +225,22 @@ class WorkerPool:
         few = len(self._all) <= self._workers
         return few and worker.jobs < self._jobs_per_worker and not self._closed
 
-    async def _take(self) -> Worker:
-        while self._idle:
-            worker = self._idle.pop()
-            if worker.alive:
-                return worker
-            await self._end(worker)
-        return await self._new()
+    async def _take(self, client: str) -> Worker:
+        for dead in [worker for worker in self._idle if not worker.alive]:
+            self._idle.remove(dead)
+            await self._end(dead)
+        # one that has worked for this client, else a fresh one, else in the place of another's
+        known = [worker for worker in self._idle if worker.client == client]
+        fresh = [worker for worker in self._idle if worker.client is None]
+        for worker in (*known, *fresh):
+            self._idle.remove(worker)
+            break
+        else:
+            if self._idle:
+                self._background(self._end(self._idle.pop(0)))
+            worker = await self._new()
+        worker.client = client
+        return worker
 
     async def _new(self) -> Worker:
         if self._closed:

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from secateur import _wire
 from secateur.errors import ServerError
+from secateur.service import auth
 from secateur.service.blobs import BlobStore
 from secateur.service.bytestream import ByteStream
 from secateur.service.config import ServerConfig
@@ -72,10 +73,11 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
         jobs = Jobs(pool, store, repository, cache=config.cache)
         runner = Runner(repository, jobs, workers=config.workers, max_attempts=config.max_attempts)
         health = health_aio.HealthServicer()
-        server = _build(jobs, runner, store, health)
-        address = _bind(server, config)
+        server = _build(jobs, runner, store, health, _interceptors(config))
+        address = _bind(server, config.listen, _credentials(config))
         async with (
             _closing(repository),
+            _probed(config.health_listen, health),
             _working(pool),
             _forever(runner.run(), stop),
             _forever(_sweep(repository, store, config), stop),
@@ -114,11 +116,49 @@ def _storage(config: ServerConfig, folder: pathlib.Path) -> tuple[Repository, Bl
     return repository, store
 
 
+def check(config: ServerConfig) -> None:
+    """Refuses a configuration that `serve` would refuse, without serving.
+
+    Raises:
+        ValueError: as `ServerConfig.check`. ServerError: a file that it names cannot be used.
+    """
+    config.check()
+    _interceptors(config)
+    _credentials(config)
+
+
+def _interceptors(config: ServerConfig) -> list[grpc.aio.ServerInterceptor]:
+    """What every call passes, the outermost first. Raises ServerError."""
+    if config.clients is None:
+        return [ErrorMap()]
+    path = config.clients
+    try:
+        return [ErrorMap(), auth.Gate(auth.Reloaded((path,), lambda: auth.load_clients(path)))]
+    except (OSError, ValueError) as error:
+        raise ServerError(str(error)) from None
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
+    """TLS as configured; None: without. Raises ServerError."""
+    certificate, key, client_ca = config.tls_certificate, config.tls_key, config.tls_client_ca
+    if certificate is None or key is None:
+        return None
+    paths = tuple(path for path in (certificate, key, client_ca) if path is not None)
+    try:
+        tls = auth.Reloaded(paths, lambda: auth.load_tls(certificate, key, client_ca))
+    except (OSError, ValueError) as error:
+        raise ServerError(str(error)) from None
+    return auth.server_credentials(tls, ask_clients=client_ca is not None)
+
+
 def _build(
-    jobs: Jobs, runner: Runner, store: BlobStore, health: health_aio.HealthServicer
+    jobs: Jobs,
+    runner: Runner,
+    store: BlobStore,
+    health: health_aio.HealthServicer,
+    interceptors: list[grpc.aio.ServerInterceptor],
 ) -> grpc.aio.Server:
-    # more interceptors (who may, how much, what is measured) come before the error map
-    server = grpc.aio.server(interceptors=(ErrorMap(),), options=_OPTIONS)
+    server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
     pruning_pb2_grpc.add_PruningServicer_to_server(Pruning(jobs, runner), server)
     operations_pb2_grpc.add_OperationsServicer_to_server(Operations(runner), server)
     bytestream_pb2_grpc.add_ByteStreamServicer_to_server(ByteStream(store), server)
@@ -128,15 +168,34 @@ def _build(
     return server
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+def _bind(server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> str:
     """Binds the port, and tells the address with the port that was chosen."""
     try:
-        port = server.add_insecure_port(config.listen)  # or a secure one, with credentials
+        if credentials is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError as error:
-        raise ServerError(f"cannot listen on {config.listen}: {error}") from None
-    if config.listen.startswith("unix:"):
-        return config.listen
-    return f"{config.listen.rpartition(':')[0]}:{port}"
+        raise ServerError(f"cannot listen on {listen}: {error}") from None
+    if listen.startswith("unix:"):
+        return listen
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+@contextlib.asynccontextmanager
+async def _probed(listen: str | None, health: health_aio.HealthServicer) -> AsyncIterator[None]:
+    """Answers health checks, and nothing else, on a port of their own, until the very end."""
+    if listen is None:
+        yield
+        return
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    log.info("health checks on %s", _bind(server, listen, None))
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(None)
 
 
 async def _drain(server: grpc.aio.Server, grace_s: float, force: asyncio.Event) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur import _wire
 from secateur.report import Progress
-from secateur.service.callers import client_of
+from secateur.service.auth import caller
 from secateur.service.jobs import Jobs
 from secateur.service.runner import Runner
 from secateur.v1 import pruning_pb2, pruning_pb2_grpc, report_pb2
@@ -28,7 +28,7 @@ class Pruning(pruning_pb2_grpc.PruningServicer):  # type: ignore[misc]
 
     async def Prune(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Prunes a model: progress, then the result."""
-        client = client_of(context)
+        client = caller()
         steps = self._jobs.prune(client, request)
         async with contextlib.aclosing(steps):  # type: ignore[type-var]
             async for step in steps:
@@ -41,15 +41,15 @@ class Pruning(pruning_pb2_grpc.PruningServicer):  # type: ignore[misc]
 
     async def StartPrune(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Starts a prune that outlives the call."""
-        return await self._runner.start(client_of(context), request)
+        return await self._runner.start(caller(), request)
 
     async def Inspect(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tells what can go."""
-        found = await self._jobs.inspect(client_of(context), request)
+        found = await self._jobs.inspect(caller(), request)
         message = _wire.to_wire(found, report_pb2.Inspection())
         return pruning_pb2.InspectResponse(inspection=message)
 
     async def Profile(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Measures."""
-        found = await self._jobs.profile(client_of(context), request)
+        found = await self._jobs.profile(caller(), request)
         return pruning_pb2.ProfileResponse(profile=_wire.to_wire(found, report_pb2.Profile()))
