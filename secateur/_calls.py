@@ -21,7 +21,7 @@ import pydantic
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur._inputs import Source, calibration_sources, model_source
 from secateur.errors import ServerError
 from secateur.operation import Operation
@@ -138,7 +138,7 @@ class Calls:
         timeout: float | None,
     ) -> Result:
         """See `Client.prune`."""
-        with self._errors():
+        with self._call("prune"):
             budget = self._budget(timeout)
             request = pruning_pb2.PruneRequest()
             await self._fill(request, model, recipe, calibration, plan, budget)
@@ -146,7 +146,7 @@ class Calls:
 
     async def inspect(self, model: Any, recipe: Recipe | None, timeout: float | None) -> Inspection:
         """See `Client.inspect`."""
-        with self._errors():
+        with self._call("inspect"):
             budget = self._budget(timeout)
             request = pruning_pb2.InspectRequest(model=await self._send_model(model, budget))
             if recipe is not None:
@@ -156,7 +156,7 @@ class Calls:
 
     async def profile(self, model: Any, against: Any, timeout: float | None) -> Profile:
         """See `Client.profile`."""
-        with self._errors():
+        with self._call("profile"):
             budget = self._budget(timeout)
             request = pruning_pb2.ProfileRequest(model=await self._send_model(model, budget))
             if against is not None:
@@ -176,7 +176,7 @@ class Calls:
         timeout: float | None,
     ) -> Operation:
         """See `Client.start_prune`."""
-        with self._errors():
+        with self._call("start_prune"):
             budget = self._budget(timeout)
             request = pruning_pb2.StartPruneRequest(request_id=request_id or str(uuid.uuid4()))
             await self._fill(request, model, recipe, calibration, plan, budget)
@@ -184,7 +184,7 @@ class Calls:
 
     async def get_operation(self, operation: Operation | str, timeout: float | None) -> Operation:
         """See `Client.get_operation`."""
-        with self._errors():
+        with self._call("get_operation"):
             request = operations_pb2.GetOperationRequest(name=_name(operation))
             return await self._operation("GetOperation", request, self._budget(timeout))
 
@@ -195,7 +195,7 @@ class Calls:
         timeout: float | None,
     ) -> list[Operation]:
         """See `Client.list_operations`."""
-        with self._errors():
+        with self._call("list_operations"):
             budget = self._budget(timeout)
             request = operations_pb2.ListOperationsRequest(filter=filter)
             found: list[Operation] = []
@@ -214,7 +214,7 @@ class Calls:
         timeout: float | None,
     ) -> Operation:
         """See `Client.wait_operation`."""
-        with self._errors():
+        with self._call("wait_operation"):
             end = _Budget(timeout)
             step = LOOK if progress is not None else HOLD
             request = operations_pb2.WaitOperationRequest(name=_name(operation))
@@ -231,19 +231,19 @@ class Calls:
 
     async def cancel_operation(self, operation: Operation | str, timeout: float | None) -> None:
         """See `Client.cancel_operation`."""
-        with self._errors():
+        with self._call("cancel_operation"):
             request = operations_pb2.CancelOperationRequest(name=_name(operation))
             await self._transport.unary("CancelOperation", request, self._budget(timeout).left())
 
     async def delete_operation(self, operation: Operation | str, timeout: float | None) -> None:
         """See `Client.delete_operation`."""
-        with self._errors():
+        with self._call("delete_operation"):
             request = operations_pb2.DeleteOperationRequest(name=_name(operation))
             await self._transport.unary("DeleteOperation", request, self._budget(timeout).left())
 
     async def operation_result(self, operation: Operation | str, timeout: float | None) -> Result:
         """See `Client.operation_result`."""
-        with self._errors():
+        with self._call("operation_result"):
             budget = self._budget(timeout)
             request = operations_pb2.GetOperationRequest(name=_name(operation))
             message = await self._transport.unary("GetOperation", request, budget.left())
@@ -294,7 +294,7 @@ class Calls:
 
     async def health(self, timeout: float | None) -> bool:
         """See `Client.health`."""
-        with self._errors():
+        with self._call("health"):
             budget = self._budget(timeout)
             request = health_pb2.HealthCheckRequest()
             response = await self._transport.unary("Check", request, budget.left())
@@ -394,9 +394,10 @@ class Calls:
         return _Budget(self._timeout if timeout is None else timeout)
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _call(self, name: str) -> Iterator[None]:
         try:
-            yield
+            with _trace.span(f"secateur.{name}"):
+                yield
         except grpc.RpcError as error:
             raise _wire.error_of(error, self._transport.target) from None
         except pydantic.ValidationError as error:

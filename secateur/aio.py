@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur._calls import Calls, methods
 from secateur._connect import Metadata, Tls, headers
 from secateur.operation import Operation
@@ -152,11 +152,14 @@ class _Transport:
         self._methods = methods(channel)
         self._metadata = metadata
 
+    def _headers(self) -> Metadata:
+        return (*self._metadata, *_trace.headers())
+
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
-        return await self._methods[method](request, timeout=timeout, metadata=self._metadata)
+        return await self._methods[method](request, timeout=timeout, metadata=self._headers())
 
     async def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        call = self._methods[method](request, timeout=timeout, metadata=self._metadata)
+        call = self._methods[method](request, timeout=timeout, metadata=self._headers())
         try:
             async for response in call:
                 yield response
@@ -168,7 +171,7 @@ class _Transport:
             while (request := await asyncio.to_thread(next, requests, None)) is not None:
                 yield request
 
-        return await self._methods["Write"](read_aside(), timeout=timeout, metadata=self._metadata)
+        return await self._methods["Write"](read_aside(), timeout=timeout, metadata=self._headers())
 
     async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.to_thread(function, *args)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur._calls import Calls, methods, run
 from secateur._connect import Metadata, Tls, headers
 from secateur.operation import Operation
@@ -202,13 +202,16 @@ class _Transport:
         self._methods = methods(channel)
         self._metadata = metadata
 
+    def _headers(self) -> Metadata:
+        return (*self._metadata, *_trace.headers())
+
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:
         return self._wait(
-            self._methods[method].future(request, timeout=timeout, metadata=self._metadata)
+            self._methods[method].future(request, timeout=timeout, metadata=self._headers())
         )
 
     async def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
-        call = self._methods[method](request, timeout=timeout, metadata=self._metadata)
+        call = self._methods[method](request, timeout=timeout, metadata=self._headers())
         try:
             for response in call:
                 yield response
@@ -217,7 +220,7 @@ class _Transport:
 
     async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
         return self._wait(
-            self._methods["Write"].future(requests, timeout=timeout, metadata=self._metadata)
+            self._methods["Write"].future(requests, timeout=timeout, metadata=self._headers())
         )
 
     async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:

@@ -9,6 +9,7 @@ from typing import IO, Any
 import grpc
 
 from secateur import _wire
+from secateur.service import telemetry
 from secateur.service.auth import caller
 from secateur.service.blobs import BlobName, BlobStore, Upload
 from secateur.service.errors import CallError
@@ -32,6 +33,7 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
             file.seek(request.read_offset)
             while chunk := await asyncio.to_thread(file.read, min(_wire.CHUNK, left)):
                 left -= len(chunk)
+                telemetry.BYTES.labels("sent").inc(len(chunk))
                 yield bytestream_pb2.ReadResponse(data=chunk)
 
     async def Write(self, requests: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
@@ -75,6 +77,7 @@ async def _take(
         following = asyncio.ensure_future(anext(requests, None))
         try:
             await _unbroken(upload.append, writer, file, request.write_offset, request.data)
+            telemetry.BYTES.labels("received").inc(len(request.data))
             if request.finish_write:
                 await asyncio.to_thread(upload.finish)
                 return

@@ -68,6 +68,9 @@ class ServerConfig(BaseModel):
         description="HOST:PORT that answers health checks and nothing else, without TLS: for "
         "probes that know neither.",
     )
+    metrics_listen: str | None = Field(
+        None, description="HOST:PORT that answers GET /metrics, for Prometheus."
+    )
     grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
     max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
     max_stored_bytes: int = Field(
@@ -134,8 +137,9 @@ class ServerConfig(BaseModel):
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"log_level must be debug, info, warning or error: {self.log_level!r}")
         self._check_tls()
-        if self.health_listen is not None:
-            _host(self.health_listen, "health_listen")
+        for name in ("health_listen", "metrics_listen"):
+            if (address := getattr(self, name)) is not None:
+                _host(address, name)
         if self.insecure_public or self.listen.startswith("unix:"):
             return
         if is_loopback(_host(self.listen, "listen")) or (self.tls_certificate and self.clients):

@@ -18,9 +18,9 @@ import grpc
 import grpc.aio
 from google.rpc import status_pb2
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur.errors import Refused
-from secateur.service import logs
+from secateur.service import logs, telemetry
 from secateur.service.calls import rebuilt
 
 log = logging.getLogger("secateur.service")
@@ -58,6 +58,13 @@ def status_of(error: Exception, request_id: str) -> status_pb2.Status:
         )
     text = f"internal error; the server's log has more under request {request_id}"
     return _wire.failure_to_status(grpc.StatusCode.INTERNAL, text, "INTERNAL", request_id)
+
+
+def reason_of(error: Exception) -> str:
+    """The stable name of what `error` says: the `reason` of its status' google.rpc.ErrorInfo."""
+    if isinstance(error, Refused):
+        return error.refusal.code
+    return error.reason if isinstance(error, CallError) else "INTERNAL"
 
 
 class ErrorMap(grpc.aio.ServerInterceptor):
@@ -104,7 +111,13 @@ class _Call:
         self._id = uuid.uuid4().hex
         self._start = time.monotonic()
         self._outcome = "OK"
+        self._span = _trace.start(
+            method.strip("/"), kind="SERVER", parent=context.invocation_metadata() or ()
+        )
+        self._span.set(request=self._id)
+        self._span.enter()  # for good: each call has a task of its own
         logs.add_ids(request=self._id)
+        telemetry.CALLS_RUNNING.labels(method).inc()
 
     async def __aenter__(self) -> _Call:
         return self
@@ -115,6 +128,10 @@ class _Call:
         seconds = time.monotonic() - self._start
         extra = logs.fields(method=self._method, code=self._outcome, seconds=round(seconds, 6))
         log.info("call ended", extra=extra)
+        telemetry.CALLS_RUNNING.labels(self._method).dec()
+        telemetry.CALLS.labels(self._method, self._outcome).inc()
+        telemetry.CALL_SECONDS.labels(self._method).observe(seconds)
+        self._span.end("" if self._outcome == "OK" else self._outcome)
 
     async def abort(self, error: Exception) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError):
@@ -122,6 +139,7 @@ class _Call:
         status = status_of(error, self._id)
         code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
         self._outcome = code.name
+        telemetry.REFUSALS.labels(reason_of(error)).inc()
         if isinstance(error, CallError):
             level = logging.WARNING if code is grpc.StatusCode.INTERNAL else logging.DEBUG
             log.log(level, "%s: %s", self._method, error)

@@ -18,6 +18,7 @@ from secateur import _wire
 from secateur.errors import Code, Refusal, raised, refuse
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, Report
+from secateur.service import telemetry
 from secateur.service.blobs import BlobName, BlobStore
 from secateur.service.operations import Repository
 from secateur.service.pool import WorkerPool
@@ -77,6 +78,7 @@ class Jobs:
         if not self._cache:
             return None
         content = await asyncio.to_thread(self._repository.recall, client, key)
+        telemetry.CACHE.labels("miss" if content is None else "hit").inc()
         return None if content is None else pruning_pb2.PruneResult.FromString(content)
 
     async def inspect(self, client: str, request: Any) -> Inspection:
@@ -167,14 +169,17 @@ class Jobs:
         Raises:
             Refused: the engine refused. CallError: the worker died. RuntimeError: a defect of ours.
         """
-        async with contextlib.aclosing(self._pool.run(client, job)) as messages:  # type: ignore[type-var]
-            async for message in messages:
-                if "progress" in message:
-                    yield Progress.model_validate(message["progress"])
-                elif "refused" in message:
-                    raise raised(Refusal.model_validate(message["refused"]))
-                elif "failed" in message:
-                    raise RuntimeError(f"in the worker: {message['failed']}")
+        with telemetry.JobWatch(job["call"]) as watch:
+            async with contextlib.aclosing(self._pool.run(client, job)) as messages:  # type: ignore[type-var]
+                async for message in messages:
+                    if "progress" in message:
+                        step = Progress.model_validate(message["progress"])
+                        watch.stage(step.stage)
+                        yield step
+                    elif "refused" in message:
+                        raise raised(Refusal.model_validate(message["refused"]))
+                    elif "failed" in message:
+                        raise RuntimeError(f"in the worker: {message['failed']}")
 
     async def _finish(self, client: str, job: dict[str, Any]) -> None:
         async with contextlib.aclosing(self._run(client, job)) as steps:  # type: ignore[type-var]

@@ -30,6 +30,7 @@ import grpc
 
 import secateur
 from secateur.errors import ServerError
+from secateur.service import telemetry
 from secateur.service.errors import CallError
 
 log = logging.getLogger("secateur.service")
@@ -74,6 +75,7 @@ class Worker:
         home.mkdir(mode=0o700, parents=True)
         process = await _spawn(home, stdin=asyncio.subprocess.PIPE)
         log.info("worker %d started", process.pid)
+        telemetry.WORKER_STARTS.inc()
         return cls(process, home)
 
     @property
@@ -134,6 +136,7 @@ class Worker:
                 return message
         except (ConnectionError, ValueError) as error:
             log.warning("worker %d: %s", self.pid, error)
+        telemetry.WORKER_DEATHS.labels("WORKER_DIED").inc()
         text = "the worker process died over this job"
         raise CallError(grpc.StatusCode.INTERNAL, "WORKER_DIED", text)
 
@@ -192,12 +195,15 @@ class WorkerPool:
 
         A worker works for one client only: whoever takes it over finds nothing of anybody else's.
         """
-        async with self._slots:
+        async with contextlib.AsyncExitStack() as stack:
+            with telemetry.JOBS_WAITING.track_inprogress():
+                await stack.enter_async_context(self._slots)
+            stack.enter_context(telemetry.JOBS_RUNNING.track_inprogress())
             worker = await self._take(client)
             clean = False
-            folder = pathlib.Path(job["folder"])
-            inside = folder.rename(worker.home / folder.name)
             try:
+                folder = pathlib.Path(job["folder"])
+                inside = folder.rename(worker.home / folder.name)
                 here = {**job, "folder": str(inside)}
                 async with contextlib.aclosing(worker.run(here)) as messages:  # type: ignore[type-var]
                     async for message in messages:
@@ -325,6 +331,7 @@ def _seal(folder: pathlib.Path) -> None:
             continue
         large = entry.name in _REPORTS and details.st_size > MAX_REPORT
         if not stat.S_ISREG(details.st_mode) or large or _is_written(entry):
+            telemetry.WORKER_DEATHS.labels("WORKER_MISBEHAVED").inc()
             text = f"the worker process left {entry.name!r}, which is no file that it should leave"
             raise CallError(grpc.StatusCode.INTERNAL, "WORKER_MISBEHAVED", text)
 

@@ -19,11 +19,11 @@ from google.longrunning import operations_pb2
 from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur.operation import State
 from secateur.report import Progress
-from secateur.service import logs
-from secateur.service.errors import CallError, status_of
+from secateur.service import logs, telemetry
+from secateur.service.errors import CallError, reason_of, status_of
 from secateur.service.jobs import Jobs, blobs_of, key_of
 from secateur.service.operations import Record, Repository
 from secateur.v1 import pruning_pb2, report_pb2
@@ -56,6 +56,7 @@ class Runner:
         self._max_attempts = max_attempts
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, Progress] = {}
+        self._parents: dict[str, _trace.Headers] = {}  # spans of the calls that started them
         self._ended: dict[str, asyncio.Event] = {}
         self._wake = asyncio.Event()
         self._claiming = asyncio.Lock()  # a claimed operation has a task before it is cancelled
@@ -77,6 +78,8 @@ class Runner:
         operation = await self._asked(
             self._repository.add, client, key, *outcome, needs, request_id
         )
+        if not operation.state.done:
+            self._parents.setdefault(operation.id, _trace.headers())
         self._wake.set()
         return await self._message(operation)
 
@@ -154,7 +157,10 @@ class Runner:
 
     async def _work(self, operation: Record) -> None:
         name = operation.id
-        logs.add_ids(operation=name)
+        logs.add_ids(operation=name, client=operation.client)
+        span = _trace.start("operation", parent=self._parents.get(name, ()))
+        span.set(operation=name, attempt=operation.attempts)
+        span.enter()  # for good: each operation has a task of its own
         log.info("operation started", extra=logs.fields(attempt=operation.attempts))
         try:
             result = await self._pruned(operation)
@@ -168,6 +174,7 @@ class Runner:
         except Exception as error:
             await self._failed(operation, error)
         finally:
+            span.end()
             del self._tasks[name]
             self._progress.pop(name, None)
             self._wake.set()
@@ -190,6 +197,7 @@ class Runner:
             log.warning("the worker died over the operation, which is run again")
             await self._surely(self._repository.release, operation.id, True)
             return
+        telemetry.REFUSALS.labels(reason_of(error)).inc()
         status = status_of(error, operation.id)
         if status.code == grpc.StatusCode.INTERNAL.value[0]:
             log.error("the operation failed", exc_info=error)
@@ -203,6 +211,7 @@ class Runner:
 
         if await self._surely(finish):
             log.info("operation ended", extra=logs.fields(operation=name, state=state))
+        self._parents.pop(name, None)
         ended = self._ended.pop(name, None)
         if ended is not None:
             ended.set()

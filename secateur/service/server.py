@@ -20,9 +20,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from secateur import _wire
+from secateur import _trace, _wire
 from secateur.errors import ServerError
-from secateur.service import auth
+from secateur.service import auth, telemetry
 from secateur.service.blobs import BlobStore
 from secateur.service.bytestream import ByteStream
 from secateur.service.config import ServerConfig
@@ -78,6 +78,7 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
         async with (
             _closing(repository),
             _probed(config.health_listen, health),
+            _seen(config.metrics_listen, repository),
             _working(pool),
             _forever(runner.run(), stop),
             _forever(_sweep(repository, store, config), stop),
@@ -196,6 +197,19 @@ async def _probed(listen: str | None, health: health_aio.HealthServicer) -> Asyn
         yield
     finally:
         await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def _seen(listen: str | None, repository: Repository) -> AsyncIterator[None]:
+    """Shows metrics, and sends traces."""
+    telemetry.watch(telemetry.OPERATIONS, repository.count)
+    telemetry.watch(telemetry.STORED, repository.stored)
+    flush = _trace.set_up("secateur")
+    try:
+        with telemetry.exposed(listen):
+            yield
+    finally:
+        await asyncio.to_thread(flush)
 
 
 async def _drain(server: grpc.aio.Server, grace_s: float, force: asyncio.Event) -> None:
