@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, single
+from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, single, thin
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Array, Shape, Shapes
 
@@ -48,6 +48,25 @@ class Contraction:
     exact: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A channel axis that a node reads as groups: whole ones go, or the same part of each.
+
+    Attributes:
+        node: whose groups they are.
+        matrices: labels (groups, positions of one group) of the operands that are read so.
+        rows: vectors (groups,) that go with whole groups, and stay whole otherwise.
+        columns: (index of a matrix, vector) that go with its columns, and stay whole otherwise.
+        contraction: (input index, axis, exact) that a balanced cut sums or normalises over.
+    """
+
+    node: ir.Node
+    matrices: tuple[Labels, ...]
+    rows: tuple[Labels, ...] = ()
+    columns: tuple[tuple[int, Labels], ...] = ()
+    contraction: tuple[int, int, bool] | None = None
+
+
 @dataclass(slots=True)
 class Flow:
     """Everything one pass accumulates.
@@ -69,6 +88,7 @@ class Flow:
     rectangles: list[Labels] = field(default_factory=list)
     segments: list[Labels] = field(default_factory=list)
     heads: list[Labels] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
     visit: Callable[[ir.Node], None] = field(default=lambda node: None)
@@ -151,7 +171,7 @@ class Flow:
                 if shape is not None and (axis >= len(shape) or shape[axis] not in (size, None)):
                     raise ValueError(f"axis {axis} of {value.name!r} holds {size} labels: {shape}")
             if len(block.axes) > 1 and block.labels.size:
-                self.rectangles.append(block.labels)
+                self.rectangles.append(thin(block.labels))
         if value.name:  # along an axis of no positions nothing can be said
             self.blocks_of[value.name] = tuple(block for block in blocks if block.labels.size)
 
@@ -255,6 +275,10 @@ class Flow:
             if block.axes not in axes:
                 self.freeze(block.labels, node, "BARE_AXIS", "the other branch or turn has none")
         return shared
+
+    def choose(self, choice: Choice) -> None:
+        """Leaves to `grouping.decide` which of the two cuts of a grouped axis is made."""
+        self.choices.append(choice)
 
     def keep_one(self, labels: Labels) -> None:
         """At least one of these positions must stay, or an axis would be empty."""

@@ -120,3 +120,18 @@ def simplify(block: Block) -> Blocks:
             labels = front.squeeze(place)
             del axes[place]
     return (Block(tuple(axes), labels),)
+
+
+def thin(labels: Labels) -> Labels:
+    """The same labels without slices that repeat the one before them, along every axis.
+
+    They say the same about which labels lie in one row or column: channels × positions in space
+    become channels.
+    """
+    for place in range(labels.ndim):
+        lines = np.moveaxis(labels, place, 0).reshape(labels.shape[place], -1)
+        new = np.ones(lines.shape[0], np.bool_)
+        new[1:] = (lines[1:] != lines[:-1]).any(axis=1)
+        if not new.all():
+            labels = np.compress(new, labels, axis=place)
+    return labels

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import scipy.sparse
-import scipy.sparse.csgraph
 
 from secateur.graphops.coupling.flow import Contraction, Flow, Reason
+from secateur.graphops.coupling.grouping import Grouped, components, decide, frozen_components
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
@@ -119,22 +118,6 @@ def _constant_along(array: npt.NDArray[np.int32], place: int) -> bool:
     return bool((array == array.take([0], axis=place)).all())
 
 
-def components(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
-    """Connected components of the labels under the equalities stated so far."""
-    if flow.equal:
-        first = np.concatenate([pair[0].reshape(-1) for pair in flow.equal])
-        second = np.concatenate([pair[1].reshape(-1) for pair in flow.equal])
-        moving = (first != FIXED) & (second != FIXED)
-        first, second = first[moving], second[moving]
-    else:
-        first = second = np.zeros(0, np.int32)
-    graph = scipy.sparse.coo_array(
-        (np.ones(first.size, np.bool_), (first, second)), shape=(flow.labels, flow.labels)
-    )
-    count, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    return int(count), component
-
-
 def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
     """Makes every joint block a product again, and returns the components after that.
 
@@ -144,10 +127,7 @@ def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
     """
     while True:
         count, component = components(flow)
-        frozen = np.zeros(count, np.bool_)
-        frozen[component[FIXED]] = True
-        for labels, _ in flow.frozen:
-            frozen[component[labels]] = True
+        frozen = frozen_components(flow, count, component)
         changed = False
         touched = np.zeros(count, np.bool_)
         for labels in flow.rectangles:
@@ -178,8 +158,15 @@ def _free_slices(frozen: npt.NDArray[np.bool_], place: int) -> int:
     return int((~rows.any(axis=1)).sum())
 
 
-def build(flow: Flow, macs: tuple[MacTerm, ...]) -> Coupling:
-    """Units and groups of a finished flow."""
+def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> Coupling:
+    """Units and groups of a finished flow.
+
+    Args:
+        flow: finished.
+        macs: cost of the nodes.
+        grouped: how grouped axes are cut.
+    """
+    decide(flow, grouped)
     count, component = resolve_rectangles(flow)
     frozen_by = np.full(count, -1, np.int64)
     for labels, reason in reversed(flow.frozen):

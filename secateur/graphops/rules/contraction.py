@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import FIXED, Block, Labels
+from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.rules.attributes import integer, operand, rank, text
 from secateur.graphops.rules.registry import register
@@ -125,12 +125,8 @@ register("Einsum", "contraction", couple_einsum, macs=macs_einsum)
 # Conv:          X (N, g·c, …), W (g·o, c, k…), B (g·o)  →  Y (N, g·o, …)
 # ConvTranspose: X (N, g·c, …), W (g·c, o, k…), B (g·o)  →  Y (N, g·o, …)
 #
-# With g > 1 the axes are matrices (g, c) and (g, o) of labels. Two cuts keep the groups equal:
-# whole groups (rows), or the same columns of every group. A tensor is sliced axis by axis, so
-# "the same number but other columns in each group" cannot be written down. Rows or columns is
-# decided by which gives more units, but from 8 columns on they are fine enough, and cut deeper.
-# A depthwise convolution has only rows.
-_FINE = 8
+# With g > 1 the axes are matrices (g, c) and (g, o) of labels, and whole groups or the same part of
+# each may go: see `coupling.grouping`. A depthwise convolution has only whole groups.
 
 
 def couple_conv(flow: Flow, node: ir.Node) -> None:
@@ -179,11 +175,15 @@ def couple_convolution(
         flow.contract(node, 0, 1)
         result = own
     elif out_axis == 0:
-        result = _grouped(flow, node, _line(flow, x, 1, shared.size * groups), own, shared, groups)
+        # W (g·o, c): its axis 0 is the result's, its axis 1 the inputs of each group.
+        result = own
+        inputs = _line(flow, x, 1, shared.size * groups)
+        _couple_groups(flow, node, inputs, result, groups, (0, shared))
     else:
-        # W (g·c, o): its axis 0 runs with X, its axis 1 is each group's own outputs.
+        # W (g·c, o): its axis 0 runs with X, its axis 1 is the outputs of each group.
         flow.join(node, _line(flow, x, 1, shared.size), shared)
-        result = _grouped_transpose(flow, node, shared, own, groups)
+        result = flow.loose(own.size * groups)
+        _couple_groups(flow, node, shared, result, groups, (1, own))
     for index in (*([] if bias is None else [bias]), *vectors):
         vector = operand(node, index)
         if vector is not None and flow.shape(vector) == (result.size,) != (1,):
@@ -199,45 +199,18 @@ def _line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
     return np.zeros(size, np.int32) if labels is None else labels
 
 
-def _prefer_rows(x: Labels, groups: int, *columns: int) -> bool:
-    """Whole groups, where columns would be coarse and the input can be cut at all.
-
-    Half of the columns of each group leave a quarter of the weight, half of the groups only half.
-    """
-    return min(columns) < _FINE and groups >= max(columns) and FIXED not in x
-
-
-def _grouped(
-    flow: Flow, node: ir.Node, x: Labels, out: Labels, inner: Labels, groups: int
-) -> Labels:
-    """Conv with groups: X labels (g·c), W axis 0 (g·o), W axis 1 (c)."""
-    x, rows = x.reshape(groups, -1), out.reshape(groups, -1)
-    if _prefer_rows(x, groups, x.shape[1], rows.shape[1]):
-        flow.freeze(inner, node, "GROUPS", "whole groups go")
-        _equate(flow, node, np.concatenate([x, rows], axis=1))
-    else:
-        flow.join(node, x, np.broadcast_to(inner, x.shape))
-        _equate(flow, node, rows.T)
-        flow.contract(node, 0, 1)
-    return out
-
-
-def _grouped_transpose(flow: Flow, node: ir.Node, x: Labels, inner: Labels, groups: int) -> Labels:
-    """ConvTranspose with groups: X and W axis 0 labels (g·c), W axis 1 (o)."""
-    rows = x.reshape(groups, -1)
-    if _prefer_rows(rows, groups, rows.shape[1], inner.size):
-        flow.freeze(inner, node, "GROUPS", "whole groups go")
-        _equate(flow, node, rows)
-        return np.repeat(rows[:, 0], inner.size)
-    _equate(flow, node, rows.T)
-    flow.contract(node, 0, 1)
-    return np.tile(inner, groups)
-
-
-def _equate(flow: Flow, node: ir.Node, matrix: Labels) -> None:
-    """Makes the labels of each row equal."""
-    if matrix.shape[1] > 1:
-        flow.join(node, np.repeat(matrix[:, :1], matrix.shape[1] - 1, axis=1), matrix[:, 1:])
+def _couple_groups(
+    flow: Flow, node: ir.Node, x: Labels, y: Labels, groups: int, column: tuple[int, Labels]
+) -> None:
+    """Input labels x (g·c) and output labels y (g·o), and the axis of W that every group has."""
+    flow.choose(
+        Choice(
+            node,
+            matrices=(x.reshape(groups, -1), y.reshape(groups, -1)),
+            columns=(column,),
+            contraction=(0, 1, True),
+        )
+    )
 
 
 def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.labels import Block, thin
 from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -21,15 +22,36 @@ def couple_per_channel(flow: Flow, node: ir.Node) -> None:
     if size is None:
         for value in node.inputs:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
-        return
+        return None
+    inexact = node.op_type == "InstanceNormalization" or bool(integer(node, "training_mode", 0))
+    joint = next((b for b in flow.blocks(node.inputs[0]) if len(b.axes) > 1 and 1 in b.axes), None)
+    if joint is not None:
+        return _couple_joint(flow, node, joint, inexact)
     letters = list(range(size))
     operands: list[tuple[int, list[int]]] = [(0, letters)]
     operands += [(index, [1]) for index, value in enumerate(node.inputs) if index and value]
     blocks = flow.meet(node, operands, letters)
-    if node.op_type == "InstanceNormalization" or integer(node, "training_mode", 0):
-        # Statistics of the input itself, over everything but the channels.
+    if inexact:  # statistics of the input itself, over everything but the channels
         _mark_inexact(flow, node, [axis for axis in letters if axis != 1])
-    flow.set(node.outputs[0], blocks)
+    return flow.set(node.outputs[0], blocks)
+
+
+def _couple_joint(flow: Flow, node: ir.Node, joint: Block, inexact: bool) -> None:
+    """Axis 1 is part of a joint block: GroupNormalization as exporters spell it.
+
+    Channels (C) are reshaped to (groups, C / groups · space) and normalised as if the groups were
+    channels. Whole groups may go, or the same channels of each.
+    """
+    place = joint.axes.index(1)
+    matrix = thin(np.moveaxis(joint.labels, place, 0).reshape(joint.labels.shape[place], -1))
+    if matrix.shape[0] != joint.labels.shape[place]:
+        raise ValueError("groups that share channels")
+    vectors = [flow.axis(value, 0) for value in node.inputs[1:] if value is not None]
+    rows = tuple(vector for vector in vectors if vector is not None)
+    flow.choose(Choice(node, (matrix,), rows))
+    if inexact:
+        _mark_inexact(flow, node, [axis for axis in joint.axes if axis != 1])
+    flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
 
 
 def couple_across(flow: Flow, node: ir.Node) -> None:
@@ -51,31 +73,33 @@ def couple_across(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_group(flow: Flow, node: ir.Node) -> None:
-    """Whole groups go, with their scale and bias (one each per group before opset 21)."""
+    """Whole groups, or the same channels of each, with scale and bias (one each per group before
+    opset 21)."""
     value, groups = node.inputs[0], integer(node, "num_groups", 1)
-    size = rank(flow, value)
     along = flow.axis(value, 1) if value is not None else None
-    if size is None or along is None:
+    if along is None:
         for item in node.inputs:
             flow.freeze_value(item, node, "BARE_AXIS", "the channels cannot be cut")
         return
-    rows = along.reshape(groups, -1)
-    for index in (1, 2):
-        vector = flow.axis(node.inputs[index], 0)  # type: ignore[arg-type]
-        if vector is not None:
-            flow.join(node, rows[:, 0] if vector.size == groups else along, vector)
-    if rows.shape[1] > 1:
-        flow.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    rows = []
+    for parameter in node.inputs[1:3]:
+        vector = flow.axis(parameter, 0) if parameter is not None else None
+        if vector is not None and vector.size == along.size:
+            flow.join(node, along, vector)
+        elif vector is not None:
+            rows.append(vector)
+    matrix = along.reshape(groups, -1)
+    flow.choose(Choice(node, (matrix,), tuple(rows), contraction=(0, 1, False)))
     flow.set(node.outputs[0], flow.blocks(value))
 
 
 def rewrite_group(surgeon: Surgeon, node: ir.Node) -> None:
-    """The number of groups shrinks with the channels."""
+    """The number of groups shrinks where whole ones went."""
     value = node.inputs[0]
     kept = surgeon.kept(value, 1) if value is not None else None
     if kept is not None:
-        groups = integer(node, "num_groups", 1)
-        surgeon.set_integer(node, "num_groups", int(kept.sum()) * groups // kept.size)
+        groups = kept.reshape(integer(node, "num_groups", 1), -1)
+        surgeon.set_integer(node, "num_groups", int(groups.any(axis=1).sum()))
 
 
 def couple_mean_variance(flow: Flow, node: ir.Node) -> None:
