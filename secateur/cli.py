@@ -66,7 +66,7 @@ ReportFile = Annotated[
 ]
 Granularity = Annotated[
     str | None,
-    typer.Option(metavar="KIND,…", help="Kinds of units that may go: channel, head."),
+    typer.Option(metavar="KIND,…", help="Kinds of units that may go: channel, head or head_dim."),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -159,6 +159,10 @@ def prune(
         typer.Option("--repair/--no-repair", help="Refit what consumes the channels that went."),
     ] = None,
     granularity: Granularity = None,
+    grouped: Annotated[
+        str | None,
+        typer.Option(metavar="auto|whole|balanced", help="What layers with groups lose."),
+    ] = None,
     scope: Annotated[
         str | None, typer.Option(metavar="local|global", help="Rank per group, or over all.")
     ] = None,
@@ -189,6 +193,7 @@ def prune(
         "target": _targets(target),
         "criterion": criterion,
         "granularity": _kinds(granularity),
+        "grouped": grouped,
         "scope": scope,
         "ignore": ignore or None,
         "round_to": round_to,

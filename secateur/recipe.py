@@ -13,7 +13,8 @@ from secateur.errors import Code, refuse
 
 TARGETS = ("channels", "params", "macs")
 Criterion = Literal["l1", "l2", "random", "bn_scale", "activation"]
-Granularity = Literal["channel", "head"]
+Granularity = Literal["channel", "head", "head_dim"]
+Grouped = Literal["auto", "whole", "balanced"]
 
 
 class Recipe(BaseModel):
@@ -24,7 +25,11 @@ class Recipe(BaseModel):
             group; of all units together with `scope="global"`), `params`, `macs`. Each is met
             from below, as closely as one unit or rounding step allows. Several: all hold.
         criterion: how units are ranked. `activation` needs calibration data.
-        granularity: which kinds of units may go.
+        granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
+            dimensions of every attention head instead of whole heads.
+        grouped: what grouped convolutions and group normalisations lose: `whole` groups,
+            `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
+            channels free, and among equals balanced parts where they leave eight units or more.
         scope: `local` takes the same share of every group; `global` ranks all units together.
         ignore: globs over node and initializer names whose channels must all stay.
         round_to: kept channel counts become multiples of this (where anything is cut). Not
@@ -40,6 +45,7 @@ class Recipe(BaseModel):
     target: dict[str, float] = Field(default_factory=lambda: {"channels": 0.5})
     criterion: Criterion = "l2"
     granularity: tuple[Granularity, ...] = Field(default=("channel", "head"), min_length=1)
+    grouped: Grouped = "auto"
     scope: Literal["local", "global"] = "local"
     ignore: tuple[str, ...] = ()
     round_to: int | None = Field(default=None, ge=1, le=1024)
@@ -73,6 +79,20 @@ class Recipe(BaseModel):
                     found=value,
                 )
         return {key: target[key] for key in sorted(target)}
+
+    @pydantic.field_validator("granularity")
+    @classmethod
+    def _check_granularity(cls, kinds: tuple[Granularity, ...]) -> tuple[Granularity, ...]:
+        if {"head", "head_dim"} <= set(kinds):
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "attention heads are cut whole or along their dimensions, not both at once",
+                nodes=("granularity",),
+                expected="head or head_dim",
+                found=", ".join(kinds),
+                hint="Prune twice: the result of one is a model for the other.",
+            )
+        return kinds
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Recipe:

@@ -100,7 +100,7 @@ class Group(_Value):
 
     Attributes:
         id: stable within one model.
-        kind: `channel` or `head`.
+        kind: `channel`, `head` or `head_dim`.
         units: how many there are.
         kept: how many are kept (equal to `units` in `inspect`).
         channels_per_unit: positions of the widest tensor axis that one unit takes.

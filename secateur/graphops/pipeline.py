@@ -345,7 +345,7 @@ def _analyse(opened: OpenedModel, data: Calibration | None, recipe: Recipe) -> _
         first = next(iter(data.batches()))
         given = {name: array.shape for name, array in first.items()}
     shapes = infer_shapes(opened.model, given)
-    coupling = couple(opened.model, shapes, recipe.ignore)
+    coupling = couple(opened.model, shapes, recipe)
     return _Analysed(opened, copies, coupling, data, params)
 
 

@@ -21,6 +21,14 @@ class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRANULARITY_UNSPECIFIED: _ClassVar[Granularity]
     GRANULARITY_CHANNEL: _ClassVar[Granularity]
     GRANULARITY_HEAD: _ClassVar[Granularity]
+    GRANULARITY_HEAD_DIM: _ClassVar[Granularity]
+
+class Grouped(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GROUPED_UNSPECIFIED: _ClassVar[Grouped]
+    GROUPED_AUTO: _ClassVar[Grouped]
+    GROUPED_WHOLE: _ClassVar[Grouped]
+    GROUPED_BALANCED: _ClassVar[Grouped]
 
 class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,12 +44,17 @@ CRITERION_ACTIVATION: Criterion
 GRANULARITY_UNSPECIFIED: Granularity
 GRANULARITY_CHANNEL: Granularity
 GRANULARITY_HEAD: Granularity
+GRANULARITY_HEAD_DIM: Granularity
+GROUPED_UNSPECIFIED: Grouped
+GROUPED_AUTO: Grouped
+GROUPED_WHOLE: Grouped
+GROUPED_BALANCED: Grouped
 SCOPE_UNSPECIFIED: Scope
 SCOPE_LOCAL: Scope
 SCOPE_GLOBAL: Scope
 
 class Recipe(_message.Message):
-    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed")
+    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped")
     class TargetEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +70,7 @@ class Recipe(_message.Message):
     ROUND_TO_FIELD_NUMBER: _ClassVar[int]
     REPAIR_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    GROUPED_FIELD_NUMBER: _ClassVar[int]
     target: _containers.ScalarMap[str, float]
     criterion: Criterion
     granularity: _containers.RepeatedScalarFieldContainer[Granularity]
@@ -65,4 +79,5 @@ class Recipe(_message.Message):
     round_to: int
     repair: bool
     seed: int
-    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ...) -> None: ...
+    grouped: Grouped
+    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ...) -> None: ...

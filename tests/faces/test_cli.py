@@ -84,7 +84,16 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
     recipe, plan = tmp_path / "recipe.yaml", tmp_path / "plan.json"
     recipe.write_text("target: {macs: 0.9}\ncriterion: l1\nseed: 3\n")
     flags = ["--target", "channels=0.6", "--target", "params=0.8", "--scope", "global"]
-    flags += ["--granularity", "channel,head", "--ignore", "*.bias", "--ignore", "logits"]
+    flags += [
+        "--granularity",
+        "channel,head_dim",
+        "--grouped",
+        "whole",
+        "--ignore",
+        "*.bias",
+        "--ignore",
+        "logits",
+    ]
     flags += ["--round-to", "4", "--seed", "7", "--no-repair"]
     done = run("prune", CNN, "-o", out, "--recipe", recipe, "--save-plan", plan, *flags[:4])
     assert done.exit_code == 0, done.output
@@ -97,7 +106,8 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
     assert seen[0][1] == secateur.Recipe(
         target={"channels": 0.6, "params": 0.8},
         criterion="l1",
-        granularity=("channel", "head"),
+        granularity=("channel", "head_dim"),
+        grouped="whole",
         scope="global",
         ignore=("*.bias", "logits"),
         round_to=4,

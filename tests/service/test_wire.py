@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from secateur import _wire, errors, operation, report
 from secateur.errors import Code, Refusal
-from secateur.recipe import Criterion, Granularity, Recipe
+from secateur.recipe import Criterion, Granularity, Grouped, Recipe
 from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
@@ -105,6 +105,7 @@ def test_enums_have_the_same_values() -> None:
     for enum, prefix, literal in (
         (recipe_pb2.Criterion, "CRITERION_", Criterion),
         (recipe_pb2.Granularity, "GRANULARITY_", Granularity),
+        (recipe_pb2.Grouped, "GROUPED_", Grouped),
         (recipe_pb2.Scope, "SCOPE_", Recipe.model_fields["scope"].annotation),
     ):
         wanted = {name.upper() for name in typing.get_args(literal)}
@@ -126,6 +127,7 @@ def test_recipe_comes_back_equal() -> None:
         target={"macs": 0.5, "params": 0.1},
         criterion="bn_scale",
         granularity=("head",),
+        grouped="balanced",
         scope="global",
         ignore=("a*", "b"),
         round_to=8,
@@ -154,6 +156,10 @@ def test_unset_recipe_fields_take_the_defaults() -> None:
         ({"repair": True}, Code.INVALID_RECIPE),
         ({"criterion": 99}, Code.INVALID_RECIPE),
         ({"granularity": [recipe_pb2.GRANULARITY_UNSPECIFIED]}, Code.INVALID_RECIPE),
+        (
+            {"granularity": [recipe_pb2.GRANULARITY_HEAD, recipe_pb2.GRANULARITY_HEAD_DIM]},
+            Code.INVALID_RECIPE,
+        ),
     ],
 )
 def test_bad_recipes_are_refused(fields: dict[str, Any], code: Code) -> None:

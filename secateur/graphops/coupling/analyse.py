@@ -15,6 +15,7 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor, walk
+from secateur.recipe import Recipe
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
 # frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
@@ -29,7 +30,7 @@ _MALFORMED = (
 )
 
 
-def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupling:
+def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Coupling:
     """Labels every prunable position, passes the labels through all nodes, and builds the units.
 
     Cost is linear in nodes and labels.
@@ -37,13 +38,19 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
     Args:
         model: unshared (see `model.normalise`).
         shapes: of its tensors.
-        ignore: globs over names of nodes and initializers whose channels all stay.
+        recipe: what it says of `ignore`, `grouped` and heads; the defaults when None.
 
     Raises:
         Refused: `UNMATCHED_IGNORE` when a glob matches nothing.
     """
     graph = model.graph
-    flow = Flow(shapes=shapes, opsets=dict(model.opset_imports), constants=constants(graph))
+    recipe = recipe or Recipe()
+    flow = Flow(
+        shapes=shapes,
+        opsets=dict(model.opset_imports),
+        constants=constants(graph),
+        by_dimension="head_dim" in recipe.granularity,
+    )
     macs: list[MacTerm] = []
     flow.visit = lambda node: _visit(flow, node)
     for node in graph:
@@ -57,8 +64,8 @@ def couple(model: ir.Model, shapes: Shapes, ignore: Sequence[str] = ()) -> Coupl
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")
     flow.freeze_held()
-    _ignore(flow, graph, ignore)
-    return units.build(flow, tuple(macs))
+    _ignore(flow, graph, recipe.ignore)
+    return units.build(flow, tuple(macs), recipe.grouped)
 
 
 def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:

@@ -75,12 +75,14 @@ class Flow:
         shapes: of every tensor.
         opsets: domain → version.
         constants: names of tensors that hold weights (initializers and Constant outputs).
+        by_dimension: whether attention loses the same dimensions of every head, not heads.
         visit: passes labels through one node; rules of nodes with subgraphs call it inside.
     """
 
     shapes: Shapes
     opsets: dict[str, int]
     constants: dict[str, ir.TensorProtocol]
+    by_dimension: bool = False
     blocks_of: dict[str, Blocks] = field(default_factory=dict)
     equal: list[tuple[Labels, Labels]] = field(default_factory=list)
     frozen: list[tuple[Labels, int]] = field(default_factory=list)
@@ -365,11 +367,14 @@ class _Views:
                     continue
                 if not split and not bare:
                     self._join_alike(names)
-                candidates = [name for name in kept or names if name not in bare]
+                pool = names if self.flow.by_dimension else kept or names
+                candidates = [name for name in pool if name not in bare]
                 if not candidates:
                     candidates = [name for name in names if name not in bare] or list(names)
                 value = self.operands[operand][0]
-                pivot = block.axes[names.index(candidates[0])]
+                # Of (heads, head size) the first goes, unless dimensions are asked for.
+                chosen = candidates[-1 if self.flow.by_dimension else 0]
+                pivot = block.axes[names.index(chosen)]
                 collapsed = self.flow.collapse(value, block, pivot)
                 if heads:
                     self.flow.heads.append(collapsed.labels)

@@ -15,7 +15,6 @@ more, else the finer one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,8 @@ import scipy.sparse.csgraph
 
 from secateur.graphops.coupling.flow import Choice, Flow
 from secateur.graphops.coupling.labels import FIXED, Labels
+from secateur.recipe import Grouped
 
-Grouped = Literal["auto", "whole", "balanced"]
 Components = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 

@@ -16,10 +16,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Contraction, Flow, Reason
-from secateur.graphops.coupling.grouping import Grouped, components, decide, frozen_components
-from secateur.graphops.coupling.labels import FIXED, Blocks, Labels
+from secateur.graphops.coupling.grouping import components, decide, frozen_components
+from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, thin
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
+from secateur.recipe import Grouped
 
 Units = npt.NDArray[np.int32]  # unit of each position; FIXED (0) where nothing can be cut
 Axis = tuple[str, int]  # (tensor name, axis)
@@ -35,7 +36,7 @@ class UnitGroup:
 
     Attributes:
         id: of the first constant axis the units slice; stable within one model.
-        kind: `channel` or `head`.
+        kind: `channel`, `head` or `head_dim`.
         units: their numbers, in the order in which they lie along the first constant's axis.
         axes: (constant, axis) → how many positions one unit takes there.
         normalised_by: nodes that normalise or reduce inexactly across them.
@@ -241,6 +242,7 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
     _, first, group = np.unique(signature, return_index=True, return_inverse=True)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     heads = _flags(flow.heads, unit_of, number)
+    kind = "head_dim" if flow.by_dimension else "head"
     order = np.argsort(first)  # groups in the order of their first units
     group_of = np.full(int(number.max()) + 1, -1)
     for rank, which in enumerate(order):
@@ -258,7 +260,7 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
         groups.append(
             UnitGroup(
                 id=f"{first_name}[{first_axis}]",
-                kind="head" if heads[units[0]] else "channel",
+                kind=kind if heads[units[0]] else "channel",
                 units=units,
                 axes=taken,
                 normalised_by=tuple(sorted(normalised.get(rank, ()))),
@@ -302,7 +304,7 @@ def _normalised(flow: Flow, group_of: npt.NDArray[np.int64]) -> dict[int, set[st
         value = contraction.node.inputs[contraction.index]
         for block in flow.blocks(value):
             if contraction.axis in block.axes:
-                for group in np.unique(group_of[block.labels]).tolist():
+                for group in np.unique(group_of[thin(block.labels)]).tolist():
                     result.setdefault(group, set()).add(node_label(contraction.node))
     return result
 

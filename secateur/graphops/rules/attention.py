@@ -1,4 +1,4 @@
-"""Fused attention: whole heads go.
+"""Fused attention: whole heads go (and nothing where a recipe asks for head dimensions).
 
 The hidden axis of queries, keys and values is a matrix (heads, head size). With fewer key-value
 heads than query heads (grouped-query attention) each key-value head goes with the query heads it
@@ -47,6 +47,10 @@ def couple_heads(
         one label per query head, and one per key-value head.
     """
     heads, shared = query.shape[0], key.shape[0]
+    if flow.by_dimension:
+        for labels in (query, key, value):
+            flow.freeze(labels, node, "HEAD_SIZE", "a fused attention keeps the size of its heads")
+        return np.zeros(heads, np.int32), np.zeros(shared, np.int32)
     if shared == 1 < heads:
         for labels in (key, value):
             flow.freeze(labels, node, "SHARED_HEAD", "the only key-value head")

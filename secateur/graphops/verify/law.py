@@ -61,7 +61,7 @@ def check_law(source: ModelSource, result: Result, *, seed: int = 0) -> LawCheck
     opened = open_model(source)
     copies = unshare(opened.model)
     shapes = infer_shapes(opened.model)
-    coupling = couple(opened.model, shapes, result.plan.recipe.ignore)
+    coupling = couple(opened.model, shapes, result.plan.recipe)
     keep = replay.units_kept(result.plan, coupling, copies, opened.sha256)
     reference, exceptions = _reference(opened.model, coupling, keep)
     feeds = example_feeds(opened.model.graph, shapes, seed=seed)
@@ -221,11 +221,12 @@ class _Builder:
         node.replace_input_with(first, before.outputs[0])
         if node.op_type.startswith("Reduce"):
             return
-        across = "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
+        per_channel = node.op_type == "GroupNormalization"  # its vectors run with axis 1
+        across = per_channel or "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
         parameters = list(enumerate(node.inputs))[first + 1 :] if across else []
         for index, parameter in parameters:
             shape = self._shapes.of(str(parameter.name)) if parameter is not None else None
-            own = axis - (rank - len(shape or ()))
+            own = 0 if per_channel else axis - (rank - len(shape or ()))
             if parameter is not None and shape and own >= 0 and shape[own] == mask.size:
                 other = self._node("Gather", [parameter, self._constant(stay)], axis=own)
                 (node.graph or self._graph).insert_before(node, other)

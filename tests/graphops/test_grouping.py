@@ -1,0 +1,129 @@
+"""Whole groups, balanced cuts, and head dimensions: what goes together, and who decides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from laws import lawful, prune
+from nets import Net, attention
+
+import secateur
+from secateur.errors import Code, Refused
+from secateur.recipe import Recipe
+
+
+def grouped(groups: int, width: int) -> bytes:
+    """A convolution with groups between two dense ones."""
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", ["N", 4, 6, 6]), 4, width))
+    x = net.op("Relu", net.conv(x, width, width, kernel=3, group=groups))
+    net.output(net.conv(x, width, 3))
+    return net.bytes()
+
+
+def normalised(groups: int, width: int, opset: int) -> bytes:
+    """Group normalisation between two convolutions: native, or as exporters spell it."""
+    net = Net(opset)
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, width, kernel=3)
+    if opset >= 18:
+        size = width if opset >= 21 else groups
+        x = net.op("GroupNormalization", x, net.floats(size), net.floats(size), num_groups=groups)
+    else:
+        y = net.op("Reshape", x, net.ints(0, groups, -1))
+        y = net.op("InstanceNormalization", y, net.floats(groups), net.floats(groups))
+        x = net.op("Reshape", y, net.ints(2, width, 6, 6))
+        x = net.op("Mul", x, net.floats(width, 1, 1))
+    net.output(net.conv(net.op("Relu", x), width, 3))
+    return net.bytes()
+
+
+def kept(result: secateur.Result, groups: int) -> tuple[int, int]:
+    """(groups, channels of each) that the middle layer's input keeps."""
+    entries = [e for e in result.plan.kept if e.tensor == "w_1" or 0 in e.axes]
+    channels = np.array(entries[0].axes[0])
+    width = 4 * groups
+    lines = np.isin(np.arange(width), channels).reshape(groups, -1)
+    alive = lines[lines.any(axis=1)]
+    assert (alive == alive[0]).all(), "a group kept other channels than its neighbour"
+    return len(alive), int(alive[0].sum())
+
+
+@pytest.mark.parametrize(
+    ("how", "wanted"), [("whole", (4, 4)), ("balanced", (8, 2)), ("auto", (4, 4))]
+)
+def test_the_recipe_says_what_a_grouped_convolution_loses(
+    how: str, wanted: tuple[int, int]
+) -> None:
+    result = lawful(grouped(8, 32), grouped=how)
+    assert kept(result, 8) == wanted
+
+
+def test_a_balanced_cut_goes_deeper_and_is_taken_where_it_is_fine_enough() -> None:
+    source = grouped(4, 64)  # 16 channels each
+    sizes = {
+        how: lawful(source, grouped=how).report.after.params
+        for how in ("whole", "balanced", "auto")
+    }
+    assert sizes["balanced"] < sizes["whole"]
+    assert sizes["auto"] == sizes["balanced"]
+
+
+@pytest.mark.parametrize("how", ["whole", "balanced"])
+@pytest.mark.parametrize("opset", [17, 18, 21])
+def test_group_normalisation(how: str, opset: int) -> None:
+    result = lawful(normalised(4, 64, opset), grouped=how)
+    (group,) = [g for g in result.report.groups if g.units > 3]
+    assert group.units == (4 if how == "whole" else 16)
+    assert group.kept == group.units // 2
+    assert bool(group.normalised_by) == (how == "balanced" or opset < 18)
+
+
+def test_groups_of_other_sizes_on_the_same_channels_are_decided_together() -> None:
+    """Convolution in groups of 8 channels, normalised in 8 groups: neither alone decides."""
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 128)
+    x = net.conv(x, 128, 128, kernel=3, group=16)
+    y = net.op("Reshape", x, net.ints(0, 4, -1))
+    y = net.op("InstanceNormalization", y, net.floats(4), net.floats(4))
+    net.output(net.conv(net.op("Reshape", y, net.ints(2, 128, 6, 6)), 128, 3))
+    result = lawful(net.bytes())
+    assert result.report.after.params < 0.4 * result.report.before.params
+
+
+def test_depthwise_channels_go_whatever_is_asked() -> None:
+    result = lawful(grouped(32, 32), grouped="whole")
+    assert result.report.groups[0].kept == 16
+
+
+# -- heads, or their dimensions ----------------------------------------------------------------
+
+
+def transformer() -> bytes:
+    net = Net()
+    x = net.dense(net.input("x", [2, 5, 8]), 8, 32)
+    x = net.op("Add", x, attention(net, x, 32, 4, 8, 5))
+    net.output(net.dense(x, 32, 3))
+    return net.bytes()
+
+
+def test_head_dimensions_go_from_every_head_alike() -> None:
+    result = lawful(transformer(), granularity=("head_dim",))
+    dims = [group for group in result.report.groups if group.kind == "head_dim"]
+    assert [(group.units, group.kept, group.channels_per_unit) for group in dims] == [
+        (8, 4, 4),  # queries and keys
+        (8, 4, 4),  # values
+    ]
+    assert result.report.after.params < result.report.before.params
+
+
+def test_a_plan_of_head_dimensions_is_replayed() -> None:
+    source = transformer()
+    result = prune(source, granularity=("channel", "head_dim"))
+    again = secateur.prune(source, plan=result.plan, measure_latency=False)
+    assert again.model == result.model
+
+
+def test_heads_and_their_dimensions_exclude_each_other() -> None:
+    with pytest.raises(Refused) as caught:
+        Recipe(granularity=("head", "head_dim"))
+    assert caught.value.refusal.code is Code.INVALID_RECIPE
