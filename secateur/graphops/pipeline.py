@@ -9,7 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +67,7 @@ _LATENCY_SECONDS = 0.4
 # Sessions of larger models are opened one at a time: ONNX Runtime takes up to three times a
 # model's size for its weights in their blocked layouts.
 _TOGETHER = 32 << 20
+_Opener = Callable[[ModelSource], OpenedModel]
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
 
@@ -114,6 +115,7 @@ def prune(
     progress: ProgressCallback | None = None,
     external_data: bool = True,
     measure_latency: bool = True,
+    max_nodes: int | None = None,
 ) -> Result:
     """Prunes a model and proves that the result runs.
 
@@ -127,6 +129,7 @@ def prune(
         progress: called with each step forward.
         external_data: whether weights may lie in files beside the model.
         measure_latency: whether to time original and result in ONNX Runtime.
+        max_nodes: how many nodes the model may have, functions inlined; None: any number.
 
     Returns:
         the pruned model, the plan and the report.
@@ -137,7 +140,8 @@ def prune(
     """
     clock = _Clock(progress)
     recipe = plan.recipe if plan is not None else recipe or Recipe()
-    done = _cut(model, recipe, calibration, plan, external_data, clock)
+    opener = functools.partial(open_model, external_data=external_data, max_nodes=max_nodes)
+    done = _cut(model, recipe, calibration, plan, opener, clock)
     before, after = done.before, done.after
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
@@ -182,12 +186,12 @@ def _cut(
     recipe: Recipe,
     calibration: CalibrationSource | None,
     plan: Plan | None,
-    external_data: bool,
+    opener: _Opener,
     clock: _Clock,
 ) -> _Done:
     """The stages up to the pruned model, and everything that running it needs."""
     with clock.stage(Stage.LOAD, "opening the model"):
-        opened = open_model(model, external_data=external_data)
+        opened = opener(model)
         data = None if calibration is None else open_calibration(calibration, opened.model.graph)
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
         analysed = _analyse(opened, data, recipe)
@@ -239,19 +243,23 @@ def _latencies(done: _Done) -> list[Latency]:
 
 
 def inspect(
-    model: ModelSource, recipe: Recipe | None = None, *, external_data: bool = True
+    model: ModelSource,
+    recipe: Recipe | None = None,
+    *,
+    external_data: bool = True,
+    max_nodes: int | None = None,
 ) -> Inspection:
     """What can be cut from a model, what must stay, and why. Nothing is run.
 
     Args:
         model: as for `prune`.
         recipe: its `ignore` is honoured.
-        external_data: whether weights may lie in files beside the model.
+        external_data, max_nodes: as for `prune`.
 
     Raises:
         Refused: the model cannot be opened, or an ignore glob matches nothing.
     """
-    opened = open_model(model, external_data=external_data)
+    opened = open_model(model, external_data=external_data, max_nodes=max_nodes)
     analysed = _analyse(opened, None, recipe or Recipe())
     keep = np.ones(analysed.coupling.count + 1, np.bool_)
     return Inspection(
@@ -268,6 +276,7 @@ def profile(
     *,
     against: ModelSource | None = None,
     external_data: bool = True,
+    max_nodes: int | None = None,
     memory_meter: measure.MemoryMeter = measure.peak_memory,
 ) -> Profile:
     """MACs, parameters, bytes, latency and memory; with `against`, in turns with that model.
@@ -275,17 +284,18 @@ def profile(
     Args:
         model: as for `prune`.
         against: another model with the same inputs, usually the original.
-        external_data: whether weights may lie in files beside the model.
+        external_data, max_nodes: as for `prune`.
         memory_meter: how memory is measured, for callers that may not start processes.
 
     Raises:
         Refused: a model cannot be opened or run.
     """
-    first = _Measured.open(model, external_data)
+    opener = functools.partial(open_model, external_data=external_data, max_nodes=max_nodes)
+    first = _Measured.open(model, opener)
     if against is None:
         latency = measure.alternate([lambda: first.session], first.feeds, seconds=1.0)
         return Profile(model=first.cost(latency[0], memory_meter))
-    second = _Measured.open(against, external_data)
+    second = _Measured.open(against, opener)
     wanted = checks.run_original(second.source, [first.feeds], from_calibration=False)
     found = [first.session.run(list(wanted.names), first.feeds)]
     openers = [lambda: first.session, lambda: second.session]
@@ -308,8 +318,8 @@ class _Measured:
     feeds: Feeds
 
     @classmethod
-    def open(cls, model: ModelSource, external_data: bool) -> _Measured:
-        opened = open_model(model, external_data=external_data)
+    def open(cls, model: ModelSource, opener: _Opener) -> _Measured:
+        opened = opener(model)
         analysed = _analyse(opened, None, Recipe())
         source = _runnable(model, opened)
         feeds = _one_sample(analysed, example_feeds(opened.model.graph, analysed.coupling.shapes))

@@ -72,6 +72,33 @@ class ServerConfig(BaseModel):
         None, description="HOST:PORT that answers GET /metrics, for Prometheus."
     )
     grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
+    max_queued: int = Field(
+        100, ge=0, description="Jobs that may wait for a worker; more are told when to come again."
+    )
+    max_jobs_per_client: int = Field(
+        50, ge=1, description="Jobs that one client may have, running and waiting."
+    )
+    max_calls: int = Field(
+        1000, ge=1, description="Calls of any kind at once, those that only wait included."
+    )
+    job_s: float = Field(
+        3600.0, gt=0, description="Time that a job may take; then its worker is killed."
+    )
+    job_memory_bytes: int = Field(
+        8 << 30, ge=1, description="Memory that a job may take; then its worker is killed."
+    )
+    max_model_bytes: int = Field(
+        4 << 30, ge=1, description="Largest model taken, with its external data."
+    )
+    max_nodes: int = Field(
+        1_000_000, ge=1, description="Most nodes of a model, its functions inlined."
+    )
+    max_calibration_bytes: int = Field(
+        1 << 30, ge=1, description="Of all calibration files of a request."
+    )
+    max_decompressed_bytes: int = Field(
+        4 << 30, ge=1, description="Of the arrays in all calibration files of a request."
+    )
     max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
     max_stored_bytes: int = Field(
         64 << 30,

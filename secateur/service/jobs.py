@@ -20,6 +20,7 @@ from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, Report
 from secateur.service import telemetry
 from secateur.service.blobs import BlobName, BlobStore
+from secateur.service.config import ServerConfig
 from secateur.service.operations import Repository
 from secateur.service.pool import WorkerPool
 from secateur.v1 import pruning_pb2, report_pb2
@@ -32,16 +33,16 @@ class Jobs:
         pool: who does it.
         store: where files come from and go to.
         repository: what was done before.
-        cache: whether a prune that was done before is answered from there.
+        config: limits, and whether a prune that was done before is answered from there.
     """
 
     def __init__(
-        self, pool: WorkerPool, store: BlobStore, repository: Repository, *, cache: bool
+        self, pool: WorkerPool, store: BlobStore, repository: Repository, config: ServerConfig
     ) -> None:
         self._pool = pool
         self._store = store
         self._repository = repository
-        self._cache = cache
+        self._config = config
 
     async def prune(self, client: str, request: Any) -> AsyncIterator[Any]:
         """Progress any number of times, then a PruneResult whose payloads are blobs.
@@ -50,13 +51,14 @@ class Jobs:
             client: who asks.
             request: a PruneRequest, or a StartPruneRequest.
         """
+        self._check_sizes(request)
         key = await asyncio.to_thread(key_of, request)
         known = await self.known(client, key)
         if known is not None:
             yield known
             return
         async with self._folder() as folder:
-            job = {"call": "prune", "folder": str(folder), "recipe": _recipe(request)}
+            job = self._job("prune", folder, recipe=_recipe(request))
             await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
             job["calibration"] = await self._place_calibration(client, request, folder)
             job["plan"] = request.HasField("plan")
@@ -75,7 +77,7 @@ class Jobs:
 
         The same model, recipe, calibration data, plan and version give the same bytes.
         """
-        if not self._cache:
+        if not self._config.cache:
             return None
         content = await asyncio.to_thread(self._repository.recall, client, key)
         telemetry.CACHE.labels("miss" if content is None else "hit").inc()
@@ -83,8 +85,9 @@ class Jobs:
 
     async def inspect(self, client: str, request: Any) -> Inspection:
         """What an InspectRequest asks for."""
+        self._check_sizes(request)
         async with self._folder() as folder:
-            job = {"call": "inspect", "folder": str(folder), "recipe": _recipe(request)}
+            job = self._job("inspect", folder, recipe=_recipe(request))
             await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
             await self._finish(client, job)
             found: Inspection = await asyncio.to_thread(
@@ -94,8 +97,9 @@ class Jobs:
 
     async def profile(self, client: str, request: Any) -> Profile:
         """What a ProfileRequest asks for."""
+        self._check_sizes(request)
         async with self._folder() as folder:
-            job = {"call": "profile", "folder": str(folder)}
+            job = self._job("profile", folder)
             await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
             job["against"] = request.HasField("against")
             if job["against"]:
@@ -113,6 +117,7 @@ class Jobs:
         Raises:
             Refused: it lacks or misnames something. CallError: NOT_FOUND for a blob not here.
         """
+        self._check_sizes(request)
         _recipe(request)
         lasting = pruning_pb2.StartPruneRequest()
         lasting.CopyFrom(request)
@@ -129,6 +134,34 @@ class Jobs:
             else:
                 await asyncio.to_thread(self._store.get, client, _blob(payload))
         return lasting
+
+    def _check_sizes(self, request: Any) -> None:
+        """Refuses what is too large before it is looked at. Raises Refused."""
+        sizes = {"model": 0, "against": 0, "calibration": 0, "plan": 0}
+        for name, payload in _payloads(request):
+            sizes[name] += _size(payload)
+        most = self._config.max_model_bytes
+        for name, limit in (
+            ("model", most),
+            ("against", most),
+            ("calibration", self._config.max_calibration_bytes),
+        ):
+            if sizes[name] > limit:
+                raise refuse(
+                    Code.LIMIT_EXCEEDED,
+                    f"the request's {name} is larger than this server takes, in bytes",
+                    expected=f"at most {limit}",
+                    found=sizes[name],
+                )
+
+    def _job(self, call: str, folder: pathlib.Path, **more: Any) -> dict[str, Any]:
+        """What a worker is told."""
+        config = self._config
+        limits = {
+            "max_nodes": config.max_nodes,
+            "max_decompressed_bytes": config.max_decompressed_bytes,
+        }
+        return {"call": call, "folder": str(folder), **limits, **more}
 
     @contextlib.asynccontextmanager
     async def _folder(self) -> AsyncIterator[pathlib.Path]:
@@ -239,9 +272,10 @@ def blobs_of(message: Any) -> list[str]:
 
 def _payloads(message: Any) -> Iterator[tuple[str, Any]]:
     """(name, payload) of everything that a request or a result carries."""
-    yield "model", message.model
-    if message.HasField("plan"):
-        yield "plan", message.plan
+    yield "model", message.model  # sent or not: it must be
+    for name in ("against", "plan"):
+        if name in message.DESCRIPTOR.fields_by_name and message.HasField(name):
+            yield name, getattr(message, name)
     if "calibration" in message.DESCRIPTOR.fields_by_name:
         for part in message.calibration.parts:
             yield "calibration", part.content
@@ -251,6 +285,10 @@ def _digest(payload: Any) -> str:
     if payload.WhichOneof("content") == "inline":
         return hashlib.sha256(payload.inline).hexdigest()
     return str(payload.blob.sha256)
+
+
+def _size(payload: Any) -> int:
+    return len(payload.inline) or int(payload.blob.size_bytes)
 
 
 def _blob(payload: Any) -> BlobName:

@@ -342,10 +342,14 @@ class Repository:
         text = "SELECT count(*) FROM operations WHERE state = ? AND number < ?"
         return int(self._one(text, State.QUEUED, operation.number))
 
-    def count(self, client: str | None = None) -> int:
-        """How many operations wait or run: of one client, or of all."""
-        text = "SELECT count(*) FROM operations WHERE state IN (?, ?) AND (? IS NULL OR client = ?)"
-        return int(self._one(text, State.QUEUED, State.RUNNING, client, client))
+    def count(self, client: str) -> tuple[int, int]:
+        """How many operations wait or run: of all clients, and of one."""
+        row = self._row(
+            "SELECT count(*), coalesce(sum(client = ?), 0) FROM operations WHERE state IN (?, ?)",
+            *(client, State.QUEUED, State.RUNNING),
+        )
+        assert row is not None
+        return int(row[0]), int(row[1])
 
     def usual_seconds(self) -> float | None:
         """Mean time that the latest operations to succeed ran; None before there is one."""

@@ -31,7 +31,9 @@ import grpc
 import secateur
 from secateur.errors import ServerError
 from secateur.service import telemetry
+from secateur.service.config import ServerConfig
 from secateur.service.errors import CallError
+from secateur.service.guard import Guard, limit_allocations
 
 log = logging.getLogger("secateur.service")
 
@@ -40,6 +42,7 @@ MAX_LOG = 256 << 10  # bytes of one worker's standard error that the log takes
 MAX_REPORT = 64 << 20  # bytes of a JSON file that the server reads whole
 _REPORTS = ("report.json", "inspection.json", "profile.json")
 MEASURE_SECONDS = 600.0
+READY_SECONDS = 120.0  # for the imports of a worker, on a machine that is very busy
 MAX_NUMBER = 32  # bytes of the answer
 
 # All that a worker gets of the server's environment, which may hold secrets
@@ -59,8 +62,11 @@ class Worker:
         gaps: walls of its jail that could not be raised; known once it is ready.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, home: pathlib.Path) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, home: pathlib.Path, memory: int
+    ) -> None:
         self._process = process
+        self._memory = memory
         self._log = asyncio.ensure_future(_relay(process))
         self._ready = False
         self.pid = process.pid
@@ -70,13 +76,18 @@ class Worker:
         self.gaps: list[str] = []
 
     @classmethod
-    async def start(cls, home: pathlib.Path) -> Worker:
-        """Starts a process, which imports the engine and waits for a job. Makes its home."""
+    async def start(cls, home: pathlib.Path, memory: int) -> Worker:
+        """Starts a process, which imports the engine and waits for a job. Makes its home.
+
+        Args:
+            home: its folder.
+            memory: bytes that a job of it may take.
+        """
         home.mkdir(mode=0o700, parents=True)
-        process = await _spawn(home, stdin=asyncio.subprocess.PIPE)
+        process = await _spawn(home, memory, stdin=asyncio.subprocess.PIPE)
         log.info("worker %d started", process.pid)
         telemetry.WORKER_STARTS.inc()
-        return cls(process, home)
+        return cls(process, home, memory)
 
     @property
     def alive(self) -> bool:
@@ -85,9 +96,14 @@ class Worker:
 
     async def ready(self) -> None:
         """Waits until the engine is imported. Raises as `run`."""
-        if not self._ready:
-            self.gaps = (await self._read())["ready"]["gaps"]
-            self._ready = True
+        if self._ready:
+            return
+        try:
+            async with asyncio.timeout(READY_SECONDS):
+                self.gaps = (await self._read())["ready"]["gaps"]
+        except TimeoutError:
+            raise _died() from None
+        self._ready = True
 
     async def run(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Messages of a job, the last of which has one of the keys `done`, `refused`, `failed`.
@@ -109,7 +125,7 @@ class Worker:
 
     async def _measure(self, model: str, feeds: str) -> int | None:
         """Bytes that a fresh process, in the same jail, grows by over a model; None: it failed."""
-        process = await _spawn(self.home, model, feeds)
+        process = await _spawn(self.home, self._memory, model, feeds)
         log_task = asyncio.ensure_future(_relay(process))
         assert process.stdout is not None
         try:
@@ -137,8 +153,7 @@ class Worker:
         except (ConnectionError, ValueError) as error:
             log.warning("worker %d: %s", self.pid, error)
         telemetry.WORKER_DEATHS.labels("WORKER_DIED").inc()
-        text = "the worker process died over this job"
-        raise CallError(grpc.StatusCode.INTERNAL, "WORKER_DIED", text)
+        raise _died()
 
     async def end(self) -> None:
         """Kills the process with all it started, and waits until it is gone."""
@@ -151,21 +166,15 @@ class WorkerPool:
     """Runs jobs in worker processes, at most `workers` at once; more wait their turn.
 
     Args:
-        workers: how many run at once.
-        jobs_per_worker: jobs after which a process is replaced.
+        config: how many, how long each lasts, what a job may take, how well they are shut in.
         homes: folder for the homes of workers, on the file system of the jobs' folders; emptied.
-        require_jail: rather have no workers than some that are not fully shut in.
     """
 
-    def __init__(
-        self, workers: int, jobs_per_worker: int, homes: pathlib.Path, require_jail: bool
-    ) -> None:
+    def __init__(self, config: ServerConfig, homes: pathlib.Path) -> None:
         shutil.rmtree(homes, ignore_errors=True)  # of a server that was killed
         self._homes = homes
-        self._require_jail = require_jail
-        self._workers = workers
-        self._slots = asyncio.Semaphore(workers)
-        self._jobs_per_worker = jobs_per_worker
+        self._config = config
+        self._slots = asyncio.Semaphore(config.workers)
         self._idle: list[Worker] = []
         self._all: set[Worker] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -186,7 +195,7 @@ class WorkerPool:
             raise ServerError(text) from None
         if gaps := self._idle[0].gaps:
             text = f"workers are not fully shut in, for want of: {'; '.join(gaps)}"
-            if self._require_jail:
+            if self._config.require_jail:
                 raise ServerError(text)
             log.warning(text)
 
@@ -194,18 +203,25 @@ class WorkerPool:
         """Messages of a job; see `Worker.run`. Closing the iterator kills the job at once.
 
         A worker works for one client only: whoever takes it over finds nothing of anybody else's.
+
+        Raises:
+            Refused: `LIMIT_EXCEEDED` when it took too much time or memory; its worker is killed.
+            CallError: as `Worker.run`.
         """
         async with contextlib.AsyncExitStack() as stack:
             with telemetry.JOBS_WAITING.track_inprogress():
                 await stack.enter_async_context(self._slots)
             stack.enter_context(telemetry.JOBS_RUNNING.track_inprogress())
             worker = await self._take(client)
+            guard = Guard(worker.pid, self._config)
             clean = False
             try:
                 folder = pathlib.Path(job["folder"])
                 inside = folder.rename(worker.home / folder.name)
                 here = {**job, "folder": str(inside)}
-                async with contextlib.aclosing(worker.run(here)) as messages:  # type: ignore[type-var]
+                await worker.ready()  # imports are not the job's time
+                messages = worker.run(here)
+                async with guard, contextlib.aclosing(messages):  # type: ignore[type-var]
                     async for message in messages:
                         if "done" in message or "refused" in message:
                             inside.rename(folder)
@@ -228,8 +244,8 @@ class WorkerPool:
 
     def _may_stay(self, worker: Worker) -> bool:
         # spares may have made one too many
-        few = len(self._all) <= self._workers
-        return few and worker.jobs < self._jobs_per_worker and not self._closed
+        few = len(self._all) <= self._config.workers
+        return few and worker.jobs < self._config.jobs_per_worker and not self._closed
 
     async def _take(self, client: str) -> Worker:
         for dead in [worker for worker in self._idle if not worker.alive]:
@@ -252,7 +268,8 @@ class WorkerPool:
         if self._closed:
             text = "the server is stopping"
             raise CallError(grpc.StatusCode.UNAVAILABLE, "STOPPING", text)
-        worker = await Worker.start(self._homes / uuid.uuid4().hex)
+        home = self._homes / uuid.uuid4().hex
+        worker = await Worker.start(home, self._config.job_memory_bytes)
         self._all.add(worker)
         return worker
 
@@ -276,9 +293,16 @@ class WorkerPool:
         return task
 
 
-async def _spawn(home: pathlib.Path, *arguments: str, **pipes: Any) -> asyncio.subprocess.Process:
+def _died() -> CallError:
+    text = "the worker process died over this job"
+    return CallError(grpc.StatusCode.INTERNAL, "WORKER_DIED", text)
+
+
+async def _spawn(
+    home: pathlib.Path, memory: int, *arguments: str, **pipes: Any
+) -> asyncio.subprocess.Process:
     """Starts a process in the jail; it gets nothing of ours but what is said here."""
-    return await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # the folder the server was started in is no place for modules
         "-m",
@@ -294,6 +318,8 @@ async def _spawn(home: pathlib.Path, *arguments: str, **pipes: Any) -> asyncio.s
         cwd=home,
         env=_environment(home),
     )
+    limit_allocations(process.pid, memory)
+    return process
 
 
 async def _kill(process: asyncio.subprocess.Process, relay: asyncio.Task[None]) -> None:

@@ -23,6 +23,7 @@ from secateur import _trace, _wire
 from secateur.operation import State
 from secateur.report import Progress
 from secateur.service import logs, telemetry
+from secateur.service.admission import Admission
 from secateur.service.errors import CallError, reason_of, status_of
 from secateur.service.jobs import Jobs, blobs_of, key_of
 from secateur.service.operations import Record, Repository
@@ -43,15 +44,23 @@ class Runner:
     Args:
         repository: where they are.
         jobs: how they are done.
+        admission: how many may wait.
         workers: how many run at once.
         max_attempts: how often one may be given to a worker: it may be what kills them.
     """
 
     def __init__(
-        self, repository: Repository, jobs: Jobs, *, workers: int, max_attempts: int
+        self,
+        repository: Repository,
+        jobs: Jobs,
+        admission: Admission,
+        *,
+        workers: int,
+        max_attempts: int,
     ) -> None:
         self._repository = repository
         self._jobs = jobs
+        self._admission = admission
         self._workers = workers
         self._max_attempts = max_attempts
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -72,6 +81,8 @@ class Runner:
             if known is not None:
                 return await self._message(known)
         result = await self._jobs.known(client, key)
+        if result is None:
+            await self._admission.check(client)
         message = await self._jobs.lasting(client, request) if result is None else result
         content, needs = message.SerializeToString(), blobs_of(message)
         outcome = (content, b"") if result is None else (b"", content)

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from secateur import _trace, _wire
 from secateur.errors import ServerError
 from secateur.service import auth, telemetry
+from secateur.service.admission import Admission
 from secateur.service.blobs import BlobStore
 from secateur.service.bytestream import ByteStream
 from secateur.service.config import ServerConfig
@@ -67,13 +68,23 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
     stop = asyncio.Event()
     with _home(config) as folder, _signals(stop) as force:
         repository, store = _storage(config, folder)
-        pool = WorkerPool(
-            config.workers, config.jobs_per_worker, folder / "workers", config.require_jail
+        pool = WorkerPool(config, folder / "workers")
+        jobs = Jobs(pool, store, repository, config)
+        admission = Admission(
+            repository,
+            workers=config.workers,
+            max_queued=config.max_queued,
+            max_jobs_per_client=config.max_jobs_per_client,
         )
-        jobs = Jobs(pool, store, repository, cache=config.cache)
-        runner = Runner(repository, jobs, workers=config.workers, max_attempts=config.max_attempts)
+        runner = Runner(
+            repository,
+            jobs,
+            admission,
+            workers=config.workers,
+            max_attempts=config.max_attempts,
+        )
         health = health_aio.HealthServicer()
-        server = _build(jobs, runner, store, health, _interceptors(config))
+        server = _build(config, Pruning(jobs, runner, admission), runner, store, health)
         address = _bind(server, config.listen, _credentials(config))
         async with (
             _closing(repository),
@@ -153,14 +164,18 @@ def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 
 
 def _build(
-    jobs: Jobs,
+    config: ServerConfig,
+    pruning: Pruning,
     runner: Runner,
     store: BlobStore,
     health: health_aio.HealthServicer,
-    interceptors: list[grpc.aio.ServerInterceptor],
 ) -> grpc.aio.Server:
-    server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
-    pruning_pb2_grpc.add_PruningServicer_to_server(Pruning(jobs, runner), server)
+    server = grpc.aio.server(
+        interceptors=_interceptors(config),
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=config.max_calls,
+    )
+    pruning_pb2_grpc.add_PruningServicer_to_server(pruning, server)
     operations_pb2_grpc.add_OperationsServicer_to_server(Operations(runner), server)
     bytestream_pb2_grpc.add_ByteStreamServicer_to_server(ByteStream(store), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -202,7 +217,7 @@ async def _probed(listen: str | None, health: health_aio.HealthServicer) -> Asyn
 @contextlib.asynccontextmanager
 async def _seen(listen: str | None, repository: Repository) -> AsyncIterator[None]:
     """Shows metrics, and sends traces."""
-    telemetry.watch(telemetry.OPERATIONS, repository.count)
+    telemetry.watch(telemetry.OPERATIONS, lambda: repository.count("")[0])
     telemetry.watch(telemetry.STORED, repository.stored)
     flush = _trace.set_up("secateur")
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur import _wire
 from secateur.report import Progress
+from secateur.service.admission import Admission
 from secateur.service.auth import caller
 from secateur.service.jobs import Jobs
 from secateur.service.runner import Runner
@@ -20,17 +21,19 @@ class Pruning(pruning_pb2_grpc.PruningServicer):  # type: ignore[misc]
     Args:
         jobs: what is done while the caller waits.
         runner: what is done whether or not anybody waits.
+        admission: how much may be done and wait.
     """
 
-    def __init__(self, jobs: Jobs, runner: Runner) -> None:
+    def __init__(self, jobs: Jobs, runner: Runner, admission: Admission) -> None:
         self._jobs = jobs
         self._runner = runner
+        self._admission = admission
 
     async def Prune(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         """Prunes a model: progress, then the result."""
         client = caller()
         steps = self._jobs.prune(client, request)
-        async with contextlib.aclosing(steps):  # type: ignore[type-var]
+        async with self._admission.call(client), contextlib.aclosing(steps):  # type: ignore[type-var]
             async for step in steps:
                 if isinstance(step, Progress):
                     message = _wire.to_wire(step, report_pb2.Progress())
@@ -45,11 +48,15 @@ class Pruning(pruning_pb2_grpc.PruningServicer):  # type: ignore[misc]
 
     async def Inspect(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Tells what can go."""
-        found = await self._jobs.inspect(caller(), request)
+        client = caller()
+        async with self._admission.call(client):
+            found = await self._jobs.inspect(client, request)
         message = _wire.to_wire(found, report_pb2.Inspection())
         return pruning_pb2.InspectResponse(inspection=message)
 
     async def Profile(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Measures."""
-        found = await self._jobs.profile(caller(), request)
+        client = caller()
+        async with self._admission.call(client):
+            found = await self._jobs.profile(client, request)
         return pruning_pb2.ProfileResponse(profile=_wire.to_wire(found, report_pb2.Profile()))

@@ -13,6 +13,7 @@ it is that fresh process. See `jail` for what either may do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import zipfile
 from typing import IO, Any
 
 import secateur
@@ -61,6 +63,8 @@ def main() -> None:
             channel.send(
                 {"refused": _without_folder(error.refusal, folder).model_dump(mode="json")}
             )
+        except MemoryError:
+            channel.send({"refused": _too_large().model_dump(mode="json")})
         except BaseException:  # also what libraries raise to end a process: the server decides
             channel.send({"failed": traceback.format_exc()})
         else:
@@ -74,6 +78,8 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
     def tell(progress: Progress) -> None:
         channel.send({"progress": progress.model_dump(mode="json")})
 
+    if job["calibration"]:
+        _check_decompressed(folder / job["calibration"], job["max_decompressed_bytes"])
     plan = Plan.load(folder / "plan.json") if job["plan"] else None
     result = engine.prune(
         folder / "model.onnx",
@@ -82,6 +88,7 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
         plan=plan,
         progress=tell,
         external_data=False,
+        max_nodes=job["max_nodes"],
     )
     if result.weights is not None:
         raise refuse(
@@ -97,7 +104,9 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
 
 
 def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
-    found = engine.inspect(folder / "model.onnx", _recipe(job), external_data=False)
+    found = engine.inspect(
+        folder / "model.onnx", _recipe(job), external_data=False, max_nodes=job["max_nodes"]
+    )
     _write(folder / "inspection.json", found)
 
 
@@ -112,6 +121,7 @@ def _profile(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> N
         folder / "model.onnx",
         against=against if job["against"] else None,
         external_data=False,
+        max_nodes=job["max_nodes"],
         memory_meter=memory_meter,
     )
     _write(folder / "profile.json", found)
@@ -122,6 +132,27 @@ _CALLS = {"prune": _prune, "inspect": _inspect, "profile": _profile}
 
 def _recipe(job: Job) -> Recipe | None:
     return None if job["recipe"] is None else Recipe.parse(job["recipe"])
+
+
+def _check_decompressed(path: pathlib.Path, most: int) -> None:
+    """Refuses calibration files that are small but hold large arrays, before any is read."""
+    total = 0
+    for file in path.iterdir() if path.is_dir() else [path]:
+        with contextlib.suppress(zipfile.BadZipFile):  # the engine says what is wrong with it
+            total += sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+    if total > most:
+        raise refuse(
+            Code.LIMIT_EXCEEDED,
+            "the calibration data hold more than this server takes, in bytes when decompressed",
+            expected=f"at most {most}",
+            found=total,
+            hint="Send fewer samples: a few hundred are enough.",
+        )
+
+
+def _too_large() -> Refusal:
+    text = "the job asked for more memory at once than this server gives"
+    return Refusal(code=Code.LIMIT_EXCEEDED, message=text)
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

@@ -219,7 +219,7 @@ def test_children_of_a_worker_end_with_it(server: Server, tmp_path: pathlib.Path
         )
         assert process.stdout is not None
         child = int(await process.stdout.readline())
-        await Worker(process, tmp_path / "home").end()
+        await Worker(process, tmp_path / "home", 1 << 30).end()
         return child
 
     child = asyncio.run(end())

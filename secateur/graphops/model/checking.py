@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
 
+_MAX_CALLS = 100  # functions inside one another
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _PAIRS = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)  # two numbers for each element
 
@@ -30,6 +31,39 @@ def check_parts(proto: onnx.ModelProto) -> None:
     _check_graph(proto.graph, opsets)
     for function in proto.functions:
         _check_nodes(function.node, opsets)
+
+
+def count_nodes(proto: onnx.ModelProto) -> int:
+    """Nodes of a model, subgraphs included, when every call of a local function is inlined.
+
+    A file of a kilobyte may state any number: functions call others, many times each.
+
+    Raises:
+        Refused: `INVALID_MODEL` when a function calls itself, or they nest too deep.
+    """
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    counted: dict[tuple[str, str, str], int] = {}
+
+    def count(nodes: Iterable[onnx.NodeProto], inside: frozenset[tuple[str, str, str]]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type, node.overload)
+            if key in inside or len(inside) > _MAX_CALLS:
+                raise refuse(
+                    Code.INVALID_MODEL,
+                    f"function {node.op_type!r} calls itself, or calls nest too deep",
+                    nodes=(node.name or node.op_type,),
+                    expected=f"at most {_MAX_CALLS} calls inside one another",
+                )
+            if key in functions and key not in counted:
+                counted[key] = count(functions[key].node, inside | {key})
+            total += counted.get(key, 1)
+            for attribute in node.attribute:
+                for graph in (attribute.g, *attribute.graphs):
+                    total += count(graph.node, inside)
+        return total
+
+    return count(proto.graph.node, frozenset())
 
 
 def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

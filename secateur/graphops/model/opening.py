@@ -44,16 +44,19 @@ class OpenedModel:
     folder: pathlib.Path | None
 
 
-def open_model(source: ModelSource, *, external_data: bool = True) -> OpenedModel:
+def open_model(
+    source: ModelSource, *, external_data: bool = True, max_nodes: int | None = None
+) -> OpenedModel:
     """Opens a path, bytes, `onnx.ModelProto`, `onnx_ir.Model` or `gs.Graph`.
 
     Args:
         source: the model. It is never modified.
         external_data: whether weights may lie in files beside the model; a server says no.
+        max_nodes: how many nodes it may have, functions inlined; None: any number.
 
     Raises:
-        Refused: `INVALID_MODEL`, `UNSUPPORTED_VERSION`, `UNSAFE_EXTERNAL_DATA` or
-            `MISSING_EXTERNAL_DATA`.
+        Refused: `INVALID_MODEL`, `UNSUPPORTED_VERSION`, `UNSAFE_EXTERNAL_DATA`,
+            `MISSING_EXTERNAL_DATA` or `LIMIT_EXCEEDED`.
     """
     folder: pathlib.Path | None = None
     if isinstance(source, str | os.PathLike):
@@ -73,6 +76,7 @@ def open_model(source: ModelSource, *, external_data: bool = True) -> OpenedMode
     digest, size = hashlib.sha256(serialised).hexdigest(), len(serialised)
     del serialised
     _check_versions(proto)
+    _check_nodes(proto, max_nodes)
     size += _check_external_data(proto, folder, external_data)
     checking.check_parts(proto)
     _densify(proto.graph)
@@ -166,6 +170,17 @@ def _check_versions(proto: onnx.ModelProto) -> None:
                 found=opset.version,
                 hint="Convert it with onnx.version_converter, or upgrade secateur.",
             )
+
+
+def _check_nodes(proto: onnx.ModelProto, most: int | None) -> None:
+    nodes = checking.count_nodes(proto)
+    if most is not None and nodes > most:
+        raise refuse(
+            Code.LIMIT_EXCEEDED,
+            "the model has more nodes than this server takes, functions inlined",
+            expected=f"at most {most}",
+            found=nodes,
+        )
 
 
 def _check_external_data(proto: onnx.ModelProto, folder: pathlib.Path | None, allowed: bool) -> int:
