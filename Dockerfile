@@ -9,7 +9,9 @@ WORKDIR /build
 RUN python3 -m venv --without-pip /opt/secateur
 # dependencies in a layer of their own, so that a change of code does not fetch them again
 COPY pyproject.toml ./
-RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+RUN python3 -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+      extras = [p["optional-dependencies"][name] for name in ("otel", "store")]; \
+      print(*p["dependencies"], *sum(extras, []), sep="\n")' \
       > requirements.txt \
  && pip --python /opt/secateur/bin/python install --no-cache-dir --requirement requirements.txt
 COPY README.md LICENSE ./

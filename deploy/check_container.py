@@ -8,6 +8,7 @@ podman instead of Docker, and the port where 50051 is taken. Checked:
 - the server becomes healthy, by gRPC from outside and by the image's own health check;
 - a prune through it gives the bytes that the same prune gives in this process;
 - it does not run as root, has no privileges, and its root file system is read-only;
+- its workers are shut in further than the container is;
 - it ends by itself when it is told to stop, and leaves nothing behind.
 """
 
@@ -39,10 +40,15 @@ PORT = 50051  # in README.md's line
 START_SECONDS = 60
 STOP_SECONDS = 30
 
-# Runs inside: what the first process is, and what can be written where.
+# Runs inside: what the first process and a worker are, and what can be written where.
 INSIDE = """
-import json, os, tempfile
-status = dict(line.split(":", 1) for line in open("/proc/1/status"))
+import json, os, pathlib, tempfile
+def status_of(pid):
+    return dict(line.split(":", 1) for line in open(f"/proc/{pid}/status"))
+status = status_of(1)
+workers = [path.parent.name for path in pathlib.Path("/proc").glob("[0-9]*/cmdline")
+           if b"secateur.service.worker" in path.read_bytes()]
+worker = status_of(workers[0])
 def writable(folder):
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -52,6 +58,8 @@ def writable(folder):
 print(json.dumps({
     "users": status["Uid"].split(),
     "capabilities": status["CapEff"].strip(),
+    "worker_filters": int(worker["Seccomp_filters"]) - int(status["Seccomp_filters"]),
+    "worker_may_gain_privileges": worker["NoNewPrivs"].strip() != "1",
     "root_is_read_only": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
     "writable": [path for path in ("/", "/opt/secateur", "/tmp", "/var/lib/secateur")
                  if writable(path)],
@@ -146,6 +154,9 @@ def check(engine: Engine) -> None:
             raise CheckError(f"in this process the same prune gives {facts(here.model)}")
         say("the same prune in this process gives the same bytes")
 
+        for line in engine("logs", container).splitlines():
+            if "not fully shut in" in line:
+                say(line)
         start = time.monotonic()
         engine("stop", "-t", str(STOP_SECONDS), container)
         say(f"stopped in {since(start)}")
@@ -264,6 +275,12 @@ def check_confinement(found: dict[str, Any]) -> None:
         f"its process: user {found['users'][0]}, capabilities {found['capabilities']}, "
         f"root read-only: {found['root_is_read_only']}, can write to {found['writable']}"
     )
+    say(
+        f"its worker: {found['worker_filters']} more system call filter, may gain privileges: "
+        f"{found['worker_may_gain_privileges']}"
+    )
+    if found["worker_filters"] < 1 or found["worker_may_gain_privileges"]:
+        raise CheckError("its worker is not shut in")
     if "0" in found["users"]:
         raise CheckError("it runs as root")
     if int(found["capabilities"], 16) != 0:
