@@ -153,15 +153,72 @@ def test_a_node_made_of_too_many_positions_is_left_alone() -> None:
     assert graphops.inspect(_model(change)).groups
 
 
-def test_a_node_that_lacks_inputs_stops_nothing_but_itself() -> None:
-    def change(model: onnx.ModelProto) -> None:
-        del model.graph.node[-1].input[1:]
+def _no_input(model: onnx.ModelProto) -> None:
+    del model.graph.node[-1].input[1:]
 
-    content = _plain(change)
-    assert not graphops.inspect(content).groups
+
+def _no_output(model: onnx.ModelProto) -> None:
+    model.graph.node.add(op_type="Identity", input=[model.graph.input[0].name], name="blind")
+
+
+def _gap(model: onnx.ModelProto) -> None:
+    model.graph.node.add(op_type="Min", input=["weight", ""], output=["least"], name="gap")
+
+
+@pytest.mark.parametrize("change", [_no_input, _no_output, _gap])
+def test_a_node_that_lacks_what_it_cannot_do_without_is_refused(
+    change: Callable[[onnx.ModelProto], None],
+) -> None:
+    refusal = _refused(change)
+    assert refusal.code is Code.INVALID_MODEL
+    assert refusal.nodes
+    assert "inputs" in refusal.expected
+    assert "inputs" in refusal.found
+
+
+@pytest.mark.parametrize("where", [b"w_1", b"conv_3", b"com.microsoft"])
+def test_a_name_that_is_no_text_is_refused(where: bytes) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.opset_import.add(domain="com.microsoft", version=1)
+
+    content = _model(change)
+    assert where in content
     with pytest.raises(secateur.Refused) as caught:
-        graphops.prune(content, measure_latency=False)
-    assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
+        graphops.inspect(content.replace(where, b"\xf5" + where[1:]))
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+    assert "UTF-8" in caught.value.refusal.message
+
+
+def test_six_bit_numbers_are_counted_too() -> None:
+    def change(model: onnx.ModelProto) -> None:
+        _weight(model).data_type = TensorProto.FLOAT6E3M2
+
+    assert _refused(change).nodes == ("weight",)
+
+
+@pytest.mark.parametrize("op_type", ["ConstantOfShape", "Tile"])
+def test_a_tensor_that_no_machine_holds_is_refused(op_type: str) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        sizes = helper.make_tensor("sizes", TensorProto.INT64, [4], [2**62, 1, 1, 1])
+        model.graph.initializer.append(sizes)
+        inputs = ["sizes"] if op_type == "ConstantOfShape" else ["w_1", "sizes"]
+        model.graph.node.add(op_type=op_type, input=inputs, output=["wide"], name="wide")
+
+    refusal = _refused(change)
+    assert refusal.code is Code.LIMIT_EXCEEDED
+    assert refusal.nodes == ("wide",)
+
+
+def test_names_that_surgery_makes_are_free() -> None:
+    """A constant for a Slice's ends was given the name of another tensor."""
+    net = Net()
+    x = net.conv(net.input("x", ["N", 4, 6, 6]), 4, 8)
+    start, end, axis = net.ints(0), net.ints(6), net.ints(1)  # the ends are shared by both
+    parts = [net.op("Slice", x, start, end, axis) for _ in range(2)]
+    net.nodes.append(helper.make_node("Relu", [parts[0]], [f"{parts[0]}__2"]))
+    y = net.op("Add", f"{parts[0]}__2", net.op("Neg", parts[1]))
+    net.output(net.conv(y, 6, 3))
+    graphops.prune(net.bytes(), measure_latency=False)
 
 
 def test_an_input_too_large_to_make_up_is_refused() -> None:

@@ -1,7 +1,8 @@
 """Refuses files whose parts contradict one another, before anything reads their numbers.
 
 Everything after this may rely on it: a tensor has a known element type, no negative size, and
-exactly the data that its sizes call for; an attribute has the kind that its operator defines.
+exactly the data that its sizes call for; an attribute has the kind that its operator defines, and
+a node the inputs and outputs that it cannot do without; every name is text.
 Libraries in native code are then not handed what they do not check themselves.
 """
 
@@ -22,14 +23,16 @@ _PAIRS = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)  # two numbers for each
 
 
 def check_parts(proto: onnx.ModelProto) -> None:
-    """Checks every tensor and every attribute of a model, subgraphs and functions included.
+    """Checks every tensor, attribute and name of a model, subgraphs and functions included.
 
     Raises:
         Refused: `INVALID_MODEL`.
     """
+    _check_text(opset.domain for opset in proto.opset_import)
     opsets = {_domain(opset.domain): opset.version for opset in proto.opset_import}
     _check_graph(proto.graph, opsets)
     for function in proto.functions:
+        _check_text((function.domain, function.name, *function.input, *function.output))
         _check_nodes(function.node, opsets)
 
 
@@ -93,6 +96,7 @@ def _domain(domain: str) -> str:
 
 
 def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+    _check_text(value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for tensor in graph.initializer:
         _check_tensor(tensor)
     for sparse in graph.sparse_initializer:
@@ -103,8 +107,11 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
 
 def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> None:
     for node in nodes:
+        _check_text((node.domain, node.op_type, node.name, *node.input, *node.output))
         domain = _domain(node.domain)
-        kinds = _attribute_kinds(node.op_type, opsets.get(domain, 1), domain)
+        version = opsets.get(domain, 1)
+        _check_arity(node, version, domain)
+        kinds = _attribute_kinds(node.op_type, version, domain)
         for attribute in node.attribute:
             expected = kinds.get(attribute.name)
             if expected is not None and attribute.type != expected and not attribute.ref_attr_name:
@@ -119,12 +126,70 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> 
                 _check_graph(graph, opsets)
 
 
+def _check_text(names: Iterable[str | bytes]) -> None:
+    """Protobuf hands out bytes where text is not UTF-8."""
+    for name in names:
+        if isinstance(name, bytes):
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"a name is not UTF-8: {name!r}",
+                expected="text",
+                found=name.hex(),
+            )
+
+
+def _check_arity(node: onnx.NodeProto, version: int, domain: str) -> None:
+    """Native code reads a node's required inputs and outputs without asking whether they are."""
+    needed, outputs = _required(node.op_type, version, domain)
+    given = [name for name in node.input[:needed] if name]
+    variadic = _is_variadic(node.op_type, version, domain) and "" in node.input
+    if len(given) < needed or len(node.output) < outputs or variadic:
+        label = node.name or next(iter(node.output), node.op_type)
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"node {label!r} ({node.op_type}) lacks what its operator cannot do without",
+            nodes=(label,),
+            expected=f"{needed} inputs and {outputs} outputs, none left out",
+            found=f"inputs {list(node.input)}, outputs {list(node.output)}",
+        )
+
+
+@functools.cache
+def _required(op_type: str, version: int, domain: str) -> tuple[int, int]:
+    """Inputs at the front that must be there, and outputs; (0, 0) where there is no schema."""
+    schema = _schema(op_type, version, domain)
+    if schema is None:
+        return 0, 0
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    front = 0
+    for parameter in schema.inputs[: schema.min_input]:
+        if parameter.option == optional:
+            break
+        front += 1
+    return front, schema.min_output
+
+
+@functools.cache
+def _is_variadic(op_type: str, version: int, domain: str) -> bool:
+    schema = _schema(op_type, version, domain)
+    variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
+    if schema is None or not schema.inputs:
+        return False
+    return schema.inputs[0].option == variadic
+
+
+def _schema(op_type: str, version: int, domain: str) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, version, domain)
+    except (onnx.defs.SchemaError, TypeError, ValueError, OverflowError):
+        return None
+
+
 @functools.cache
 def _attribute_kinds(op_type: str, version: int, domain: str) -> Mapping[str, int]:
     """Attribute → kind, as the operator's schema has it; empty where there is no schema."""
-    try:
-        schema = onnx.defs.get_schema(op_type, version, domain)
-    except (onnx.defs.SchemaError, TypeError, ValueError, OverflowError):
+    schema = _schema(op_type, version, domain)
+    if schema is None:
         return {}
     kinds = schema.attributes.items()
     return {name: int(kind.type) for name, kind in kinds}  # type: ignore[call-overload]
@@ -144,6 +209,7 @@ def _wrong_kind(node: onnx.NodeProto, attribute: onnx.AttributeProto, expected: 
 
 
 def _check_tensor(tensor: onnx.TensorProto) -> None:
+    _check_text([tensor.name])
     try:
         dtype = ir.DataType(tensor.data_type)
     except ValueError:
@@ -161,7 +227,7 @@ def _check_tensor(tensor: onnx.TensorProto) -> None:
     if tensor.HasField("raw_data"):
         if dtype == ir.DataType.STRING or filled:
             raise _damaged(tensor, "says its data twice", "one field", ["raw_data", *filled])
-        if dtype.bitwidth != 6 and len(tensor.raw_data) != _bytes(dtype, count):
+        if len(tensor.raw_data) != _bytes(dtype, count):
             needed = f"{_bytes(dtype, count)} bytes"
             raise _damaged(tensor, _MISFIT, needed, f"{len(tensor.raw_data)} bytes")
         return

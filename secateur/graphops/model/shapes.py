@@ -42,6 +42,8 @@ _IMAGES = (  # height, width; a line of text is 32 or 48 high
 )
 _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
+_MAKERS = ("ConstantOfShape", "Expand", "Tile")  # of tensors as large as their last input says
+_LARGEST = 1 << 48  # elements of one tensor
 _LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
 
 
@@ -225,6 +227,7 @@ class _Skeleton:
                 if tensor is not None:
                     self._add_constant(str(node.outputs[0].name), tensor)
                     continue
+            self._check_size(node)
             if self._fold(node):
                 continue
             step = _Step.of(node)
@@ -244,6 +247,24 @@ class _Skeleton:
         integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
         if (len(shape) <= 1 and size <= 64) or (integer and size <= 1024):
             self._known[name] = tensor.numpy()
+
+    def _check_size(self, node: ir.Node) -> None:
+        """Raises `LIMIT_EXCEEDED` for a tensor that no machine holds: native code would try to."""
+        if node.op_type not in _MAKERS or node.domain not in ("", "ai.onnx") or not node.inputs:
+            return
+        sizes = node.inputs[-1]
+        known = self._known.get(sizes.name or "") if sizes is not None else None
+        if known is None or known.dtype.kind not in "iu":
+            return
+        count = math.prod(abs(int(size)) for size in known.reshape(-1) if size)
+        if count > _LARGEST:
+            raise refuse(
+                Code.LIMIT_EXCEEDED,
+                f"node {node_label(node)!r} makes a tensor that no machine holds",
+                nodes=(node_label(node),),
+                expected=f"at most {_LARGEST} elements",
+                found=count,
+            )
 
     def _fold(self, node: ir.Node) -> bool:
         """Evaluates arithmetic on constants once, for all bindings and for data propagation."""

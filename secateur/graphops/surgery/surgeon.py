@@ -32,6 +32,8 @@ class Surgeon:
         self._opsets = dict(model.opset_imports)
         self._coupling = coupling
         self._keep = keep
+        self._unmeasured: set[ir.Value] = set()
+        self._names: set[str | None] = set()  # of all values; collected when first asked for
 
     # -- what stays ----------------------------------------------------------------------------
 
@@ -78,11 +80,14 @@ class Surgeon:
 
     def measures_a_cut(self, value: ir.Value | None) -> bool:
         """Whether a known value is computed from the shape of a tensor that loses positions."""
-        frontier, seen = [value], set()
+        frontier: list[ir.Value | None] = [value]
+        seen: set[ir.Value] = set()
         while frontier:
             current = frontier.pop()
-            node = current.producer() if current is not None else None
-            if current is None or node is None or current in seen or self.value(current) is None:
+            if current is None or current in seen or current in self._unmeasured:
+                continue
+            node = current.producer()
+            if node is None or self.value(current) is None:
                 continue
             seen.add(current)
             if node.op_type in ("Shape", "Size"):
@@ -90,6 +95,7 @@ class Surgeon:
                     return True
             else:
                 frontier.extend(node.inputs)
+        self._unmeasured |= seen  # a long chain is walked once
         return False
 
     def opset(self, node: ir.Node) -> int:
@@ -144,16 +150,25 @@ class Surgeon:
             value.replace_all_uses_with(self._constant(f"{value.name}__fixed", array))
 
     def _constant(self, name: str, array: Array) -> ir.Value:
-        taken = self._graph.initializers
-        free, number = name, 2
-        while free in taken:
-            free, number = f"{name}_{number}", number + 1
+        free = self._free_name(name)
         tensor = ir.Tensor(array, name=free)
         value = ir.Value(
             name=free, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
         )
         self._graph.register_initializer(value)
         return value
+
+    def _free_name(self, wish: str) -> str:
+        if not self._names:
+            for graph in (self._graph, *self._graph.subgraphs()):
+                values = [*graph.inputs, *graph.initializers.values()]
+                values += [output for node in graph for output in node.outputs]
+                self._names.update(value.name for value in values)
+        free, number = wish, 2
+        while free in self._names:
+            free, number = f"{wish}_{number}", number + 1
+        self._names.add(free)
+        return free
 
     def resize_shape_input(
         self, node: ir.Node, index: int, *, copies: bool, axes: Sequence[int] | None = None
@@ -261,8 +276,9 @@ class Surgeon:
         node.replace_input_with(index, value)
 
     def _insert(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
-        node = ir.Node("", op_type, inputs, name=name)
-        node.outputs[0].name = name
+        free = self._free_name(name)
+        node = ir.Node("", op_type, inputs, name=free)
+        node.outputs[0].name = free
         owner = before.graph or self._graph  # the node may stand in a subgraph
         owner.insert_before(before, node)
         return node.outputs[0]
