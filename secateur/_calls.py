@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import pathlib
 import random
 import time
 import uuid
@@ -28,7 +29,7 @@ from secateur.operation import Operation
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, ProgressCallback, Report
-from secateur.result import Result
+from secateur.result import Result, WeightsFile
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc, pruning_pb2, pruning_pb2_grpc
 
 _T = TypeVar("_T")
@@ -286,10 +287,15 @@ class Calls:
             request.plan.CopyFrom(await self._send(text, budget))
 
     async def _result(self, result: Any, budget: _Budget) -> Result:
+        weights = None
+        for file in result.model.external_data:
+            weights = WeightsFile.new()
+            await self._download_file(file.content, weights.path, budget)
         return Result(
             model=await self._receive(result.model, budget),
             plan=Plan.from_json(await self._receive(result.plan, budget)),
             report=_wire.from_wire(result.report, Report),
+            weights=weights,
         )
 
     async def health(self, timeout: float | None) -> bool:
@@ -322,7 +328,11 @@ class Calls:
     # ---- payloads ----
 
     async def _send_model(self, model: Any, budget: _Budget) -> Any:
-        return await self._send(await self._transport.blocking(model_source, model), budget)
+        source, files = await self._transport.blocking(model_source, model)
+        payload = await self._send(source, budget)
+        for name, content in files:
+            payload.external_data.add(name=name, content=await self._send(content, budget))
+        return payload
 
     async def _send(self, source: Source, budget: _Budget) -> Any:
         if budget.takes(source.size):
@@ -359,6 +369,13 @@ class Calls:
         content = io.BytesIO()
         await self._download(payload.blob, content, budget)
         return content.getvalue()
+
+    async def _download_file(self, payload: Any, path: pathlib.Path, budget: _Budget) -> None:
+        with path.open("wb") as file:
+            if payload.WhichOneof("content") == "inline":
+                file.write(payload.inline)
+            else:
+                await self._download(payload.blob, file, budget)
 
     async def _download(self, blob: Any, target: IO[bytes], budget: _Budget) -> None:
         name, digest = _wire.blob_name(blob.sha256, blob.size_bytes), hashlib.sha256()

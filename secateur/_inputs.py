@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import google.protobuf.message
 
 from secateur.errors import Code, refuse
 
@@ -49,15 +52,25 @@ class Source:
         return self._content.open("rb")
 
 
-def model_source(model: Any) -> Source:
-    """The serialised form of a model: a path, bytes, ModelProto, `onnx_ir.Model` or `gs.Graph`.
+def model_source(model: Any) -> tuple[Source, list[tuple[str, Source]]]:
+    """The serialised form of a model, and (name, content) of the files of its external data.
+
+    Args:
+        model: a path, bytes, ModelProto, `onnx_ir.Model` or `gs.Graph`; only beside a path may
+            other files lie.
 
     Raises:
-        Refused: `INVALID_MODEL` when a path cannot be read.
+        Refused: `INVALID_MODEL` when a path cannot be read; `MISSING_EXTERNAL_DATA` when a file
+            that it names is not there.
         TypeError: it is none of these.
     """
     if isinstance(model, (str, os.PathLike)):
-        return _model_file(pathlib.Path(model))
+        path = pathlib.Path(model)
+        return _model_file(path), _external_files(path)
+    return _model_value(model), []
+
+
+def _model_value(model: Any) -> Source:
     if isinstance(model, (bytes, bytearray, memoryview)):
         return Source(bytes(model))
     package = type(model).__module__.partition(".")[0]
@@ -110,6 +123,55 @@ def _model_file(path: pathlib.Path) -> Source:
     except OSError as error:
         text = f"{path} cannot be read: {error.strerror or error}"
         raise refuse(Code.INVALID_MODEL, text) from None
+
+
+def _external_files(path: pathlib.Path) -> list[tuple[str, Source]]:
+    """The files beside a model that hold its external data.
+
+    What a model calls by a name that is not a plain file's beside it is not sent: the server then
+    refuses it, in the engine's words.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return []
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"location") < 0:  # external data has an entry of that name
+                return []
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except google.protobuf.message.DecodeError:  # the server says what is wrong with it
+        return []
+    files = {}
+    for tensor in _external_tensors(proto):
+        name = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        beside = path.resolve().parent / name
+        if name != pathlib.PurePath(name).name or beside.is_symlink():
+            continue
+        if not beside.is_file():
+            raise refuse(
+                Code.MISSING_EXTERNAL_DATA,
+                f"file {name!r} of tensor {tensor.name!r} is missing or too short",
+                nodes=(tensor.name,),
+                expected=f"a file beside {path.name}",
+                found="no such file",
+                hint="Put the data file beside the model.",
+            )
+        files[name] = Source(beside)
+    return sorted(files.items())
+
+
+def _external_tensors(message: Any) -> Iterator[Any]:
+    """The tensors with external data anywhere in a message of ONNX."""
+    if message.DESCRIPTOR.full_name == "onnx.TensorProto":
+        if message.external_data:
+            yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, google.protobuf.message.Message) else value:
+                yield from _external_tensors(part)
 
 
 def _calibration_file(path: pathlib.Path) -> Source:

@@ -83,8 +83,8 @@ class Client:
         """Prunes a model on the server.
 
         Args:
-            model: a path, serialised bytes, `onnx.ModelProto`, `onnx_ir.Model` or `gs.Graph`,
-                without external data.
+            model: a path, serialised bytes, `onnx.ModelProto`, `onnx_ir.Model` or `gs.Graph`;
+                a path may have external data in files beside it.
             recipe: what to prune and how far; None: every default, or the plan's.
             calibration: a path to an `.npz` or a folder of them, or a mapping input → array with
                 samples along axis 0.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from secateur.plan import Plan
 from secateur.report import Report
 
+WEIGHTS_NAME = "model.onnx.data"  # as the model of a Result calls the file of its weights
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -60,6 +62,11 @@ class WeightsFile:
 
     def __post_init__(self) -> None:
         weakref.finalize(self, shutil.rmtree, self.path.parent, ignore_errors=True)
+
+    @classmethod
+    def new(cls) -> WeightsFile:
+        """One in a temporary folder of its own, still to be written."""
+        return cls(pathlib.Path(tempfile.mkdtemp(prefix="secateur-"), WEIGHTS_NAME))
 
     def named(self, model: bytes, name: str) -> bytes:
         """The model with its weights looked for in the file `name` beside it."""

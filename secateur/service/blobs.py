@@ -103,31 +103,39 @@ class Upload:
             self._writer += 1
             return self._writer, self._aside.open("ab")
 
-    def append(self, writer: int, file: IO[bytes], offset: int, data: bytes) -> None:
-        """Adds `data`, which must start where the upload ends.
+    def append(self, writer: int, file: IO[bytes], parts: list[tuple[int, bytes]]) -> None:
+        """Adds parts, (offset, content) each, which must start where the upload ends.
 
         Raises:
             CallError: ABORTED when it does not or another writer has taken over (ask for the
                 status, then go on from there); INVALID_ARGUMENT when the blob would be larger than
                 it says.
         """
-        with self._lock:
-            if writer != self._writer or offset != self.committed:
-                text = f"write at offset {offset}, but the upload stands at {self.committed}"
-                raise CallError(grpc.StatusCode.ABORTED, "WRONG_OFFSET", text)
-            if offset + len(data) > self.blob.size:
-                self._store.forget(self)
-                text = f"more than the {self.blob.size} bytes that the name states"
-                raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "WRONG_SIZE", text)
-            try:
-                file.write(data)
-                file.flush()
-            except OSError as error:  # how much was written is not known
-                self._store.forget(self)
-                raise _not_stored(error) from error
-            self._hash.update(data)
-            self.committed += len(data)
-            self.touched = self._store.now()
+        for offset, data in parts:
+            with self._lock:
+                self._append(writer, file, offset, data)
+
+    def _append(self, writer: int, file: IO[bytes], offset: int, data: bytes) -> None:
+        if writer != self._writer or offset != self.committed:
+            text = f"write at offset {offset}, but the upload stands at {self.committed}"
+            raise CallError(grpc.StatusCode.ABORTED, "WRONG_OFFSET", text)
+        if offset + len(data) > self.blob.size:
+            self._store.forget(self)
+            text = f"more than the {self.blob.size} bytes that the name states"
+            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "WRONG_SIZE", text)
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:  # how much was written is not known
+            self._store.forget(self)
+            raise _not_stored(error) from error
+        self._hash.update(data)
+        self.committed += len(data)
+        self.touched = self._store.now()
+
+    def sync(self, file: IO[bytes]) -> None:
+        """Has the disk take what arrived, so that little is left to do at the end."""
+        self._store.sync(file)
 
     def finish(self) -> None:
         """Checks what arrived and makes it a blob. Raises CallError INVALID_ARGUMENT."""
@@ -195,6 +203,11 @@ class BlobStore:
         """The time by which uploads age."""
         return self._repository.now()
 
+    def sync(self, file: IO[bytes]) -> None:
+        """Waits until what was written to an open file is on the disk, where that is wanted."""
+        if self._durable:
+            os.fdatasync(file.fileno())
+
     # ---- reading ----
 
     def find(self, client: str, blob: BlobName) -> pathlib.Path | None:
@@ -226,7 +239,16 @@ class BlobStore:
         except FileNotFoundError:  # evicted since
             raise _no_blob(blob) from None
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, target)
+            self.copy(client, blob, target)
+
+    def copy(self, client: str, blob: BlobName, target: pathlib.Path) -> None:
+        """Writes a blob to `target`, for readers that take no hard links. Raises as `get`."""
+        try:
+            shutil.copyfile(self.get(client, blob), target)
+        except FileNotFoundError:  # evicted since
+            raise _no_blob(blob) from None
+        except OSError as error:
+            raise _not_stored(error) from error
 
     # ---- writing ----
 

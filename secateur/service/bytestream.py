@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import IO, Any
 
 import grpc
@@ -14,6 +14,8 @@ from secateur.service.auth import caller
 from secateur.service.blobs import BlobName, BlobStore, Upload
 from secateur.service.errors import CallError
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc
+
+_BATCH = 8 << 20  # bytes that are read or written while as many travel
 
 
 class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
@@ -31,10 +33,17 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
         left = request.read_limit or blob.size
         with await asyncio.to_thread(self._store.open, caller(), blob) as file:
             file.seek(request.read_offset)
-            while chunk := await asyncio.to_thread(file.read, min(_wire.CHUNK, left)):
-                left -= len(chunk)
-                telemetry.BYTES.labels("sent").inc(len(chunk))
-                yield bytestream_pb2.ReadResponse(data=chunk)
+            chunks = await asyncio.to_thread(_read, file, min(_BATCH, left))
+            while chunks:
+                left -= sum(len(chunk) for chunk in chunks)
+                following = asyncio.ensure_future(asyncio.to_thread(_read, file, min(_BATCH, left)))
+                try:
+                    for chunk in chunks:
+                        telemetry.BYTES.labels("sent").inc(len(chunk))
+                        yield bytestream_pb2.ReadResponse(data=chunk)
+                finally:
+                    await asyncio.wait([following])  # the file must not be closed under it
+                chunks = following.result()
 
     async def Write(self, requests: AsyncIterator[Any], context: Any) -> Any:  # noqa: N802
         """Takes an upload, from its start or from where it broke off."""
@@ -65,35 +74,76 @@ class ByteStream(bytestream_pb2_grpc.ByteStreamServicer):  # type: ignore[misc]
         )
 
 
+def _read(file: IO[bytes], size: int) -> list[bytes]:
+    """The next `size` bytes, in chunks; fewer at the end of the file."""
+    ends = range(0, size, _wire.CHUNK)
+    chunks = [file.read(min(_wire.CHUNK, size - start)) for start in ends]
+    return [chunk for chunk in chunks if chunk]
+
+
 async def _take(
     upload: Upload, writer: int, file: IO[bytes], first: Any, requests: AsyncIterator[Any]
 ) -> None:
-    """Writes one message while the next one travels."""
-    request = first
-    while request is not None:
-        if request.resource_name not in ("", first.resource_name):
-            text = "the name changed within one stream"
-            raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_RESOURCE_NAME", text)
-        following = asyncio.ensure_future(anext(requests, None))
-        try:
-            await _unbroken(upload.append, writer, file, request.write_offset, request.data)
+    """Writes some messages while the next ones travel, and has the disk keep up meanwhile."""
+    name, batch, size = first.resource_name, [], 0
+    writing, syncing = _Beside(), _Beside()
+    try:
+        async for request in _chained(first, requests):
+            if request.resource_name not in ("", name):
+                text = "the name changed within one stream"
+                raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_RESOURCE_NAME", text)
             telemetry.BYTES.labels("received").inc(len(request.data))
+            batch.append((request.write_offset, request.data))
+            size += len(request.data)
+            if request.finish_write or size >= _BATCH or not writing.busy:
+                await writing.start(upload.append, writer, file, batch)
+                batch, size = [], 0
+                if not syncing.busy:
+                    await syncing.start(upload.sync, file)
             if request.finish_write:
+                await writing.end()
+                await syncing.end()
                 await asyncio.to_thread(upload.finish)
                 return
-            request = await following
-        finally:
-            following.cancel()
+        await writing.start(upload.append, writer, file, batch)
+        await writing.end()
+    finally:
+        # the file must not be closed under the threads that use it
+        await writing.settle()
+        await syncing.settle()
 
 
-async def _unbroken(function: Any, *args: Any) -> None:
-    """Runs a function in a thread, and does not return before it has, cancelled or not.
+async def _chained(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield first
+    async for item in rest:
+        yield item
 
-    A call that ends must not close the file under the thread that writes it.
-    """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
+
+class _Beside:
+    """One function at a time, in a thread beside the event loop."""
+
+    def __init__(self) -> None:
+        self._work: asyncio.Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether it runs."""
+        return self._work is not None and not self._work.done()
+
+    async def start(self, function: Callable[..., None], *args: Any) -> None:
+        """Starts a function, once the one before has ended. Raises what that one raised."""
+        await self.end()
+        self._work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+
+    async def end(self) -> None:
+        """Waits for the function, and raises what it raised."""
+        work = self._work
+        if work is not None:
+            await asyncio.shield(work)
+            self._work = None
+
+    async def settle(self) -> None:
+        """Waits for the function, whatever becomes of it or of the call that waits."""
+        if self._work is not None:
+            await asyncio.wait([self._work])
+            self._work.exception()  # it is known, or of a call that has failed already

@@ -18,12 +18,22 @@ from secateur import _wire
 from secateur.errors import Code, Refusal, raised, refuse
 from secateur.recipe import Recipe
 from secateur.report import Inspection, Profile, Progress, Report
+from secateur.result import WEIGHTS_NAME
 from secateur.service import telemetry
 from secateur.service.blobs import BlobName, BlobStore
 from secateur.service.config import ServerConfig
 from secateur.service.operations import Repository
 from secateur.service.pool import WorkerPool
 from secateur.v1 import pruning_pb2, report_pb2
+
+_MODEL = "model.onnx"
+_CODES = {  # of refusals, by what of a request they are about
+    "model": Code.INVALID_MODEL,
+    "against": Code.INVALID_MODEL,
+    "calibration": Code.INVALID_CALIBRATION,
+    "plan": Code.INVALID_PLAN,
+}
+_MAX_NAME = 200  # bytes of a file's name; file systems take 255
 
 
 class Jobs:
@@ -51,7 +61,7 @@ class Jobs:
             client: who asks.
             request: a PruneRequest, or a StartPruneRequest.
         """
-        self._check_sizes(request)
+        self._check(request)
         key = await asyncio.to_thread(key_of, request)
         known = await self.known(client, key)
         if known is not None:
@@ -59,7 +69,8 @@ class Jobs:
             return
         async with self._folder() as folder:
             job = self._job("prune", folder, recipe=_recipe(request))
-            await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
+            job["model"] = await self._place_model(client, request.model, folder / "model")
+            job["external_data"] = bool(request.model.external_data)
             job["calibration"] = await self._place_calibration(client, request, folder)
             job["plan"] = request.HasField("plan")
             if job["plan"]:
@@ -85,10 +96,11 @@ class Jobs:
 
     async def inspect(self, client: str, request: Any) -> Inspection:
         """What an InspectRequest asks for."""
-        self._check_sizes(request)
+        self._check(request)
         async with self._folder() as folder:
             job = self._job("inspect", folder, recipe=_recipe(request))
-            await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
+            job["model"] = await self._place_model(client, request.model, folder / "model")
+            job["external_data"] = bool(request.model.external_data)
             await self._finish(client, job)
             found: Inspection = await asyncio.to_thread(
                 _load, folder / "inspection.json", Inspection
@@ -97,14 +109,16 @@ class Jobs:
 
     async def profile(self, client: str, request: Any) -> Profile:
         """What a ProfileRequest asks for."""
-        self._check_sizes(request)
+        self._check(request)
         async with self._folder() as folder:
             job = self._job("profile", folder)
-            await self._place(client, request.model, folder / "model.onnx", Code.INVALID_MODEL)
-            job["against"] = request.HasField("against")
-            if job["against"]:
-                target = folder / "against.onnx"
-                await self._place(client, request.against, target, Code.INVALID_MODEL)
+            job["model"] = await self._place_model(client, request.model, folder / "model")
+            job["external_data"] = bool(request.model.external_data)
+            job["against"] = None
+            if request.HasField("against"):
+                home = folder / "against"
+                job["against"] = await self._place_model(client, request.against, home)
+                job["external_data"] |= bool(request.against.external_data)
             await self._finish(client, job)
             found: Profile = await asyncio.to_thread(_load, folder / "profile.json", Profile)
             return found
@@ -117,17 +131,16 @@ class Jobs:
         Raises:
             Refused: it lacks or misnames something. CallError: NOT_FOUND for a blob not here.
         """
-        self._check_sizes(request)
+        self._check(request)
         _recipe(request)
         lasting = pruning_pb2.StartPruneRequest()
         lasting.CopyFrom(request)
         _calibration_names(lasting)
-        wanted = Code.INVALID_MODEL, Code.INVALID_CALIBRATION, Code.INVALID_PLAN
+        _external_names(lasting.model)
         for name, payload in _payloads(lasting):
             sent = payload.WhichOneof("content")
             if sent is None:
-                code = next((c for c in wanted if name in c.lower()), Code.INVALID_MODEL)
-                raise _nothing_sent(code, name)
+                raise _nothing_sent(_CODES[name], name)
             if sent == "inline":
                 blob = await asyncio.to_thread(self._store.adopt_bytes, client, payload.inline)
                 payload.blob.CopyFrom(_message(blob))
@@ -135,11 +148,15 @@ class Jobs:
                 await asyncio.to_thread(self._store.get, client, _blob(payload))
         return lasting
 
-    def _check_sizes(self, request: Any) -> None:
-        """Refuses what is too large before it is looked at. Raises Refused."""
-        sizes = {"model": 0, "against": 0, "calibration": 0, "plan": 0}
+    def _check(self, request: Any) -> None:
+        """Refuses what is too large or misplaced before it is looked at. Raises Refused."""
+        sizes = dict.fromkeys(_CODES, 0)
         for name, payload in _payloads(request):
             sizes[name] += _size(payload)
+            inner = any(file.content.external_data for file in payload.external_data)
+            if inner or (payload.external_data and name in ("calibration", "plan")):
+                text = f"{name} has external data where only a model may have any"
+                raise refuse(_CODES[name], text)
         most = self._config.max_model_bytes
         for name, limit in (
             ("model", most),
@@ -171,15 +188,34 @@ class Jobs:
         finally:
             await asyncio.to_thread(self._store.end_job, folder)
 
-    async def _place(self, client: str, payload: Any, target: pathlib.Path, code: Code) -> None:
+    async def _place(
+        self,
+        client: str,
+        payload: Any,
+        target: pathlib.Path,
+        code: Code,
+        *,
+        copy: bool = False,
+    ) -> None:
         """Makes a payload a file. Raises Refused with `code` when nothing was sent."""
         sent = payload.WhichOneof("content")
         if sent == "inline":
             await asyncio.to_thread(target.write_bytes, payload.inline)
         elif sent == "blob":
-            await asyncio.to_thread(self._store.link, client, _blob(payload), target)
+            place = self._store.copy if copy else self._store.link
+            await asyncio.to_thread(place, client, _blob(payload), target)
         else:
             raise _nothing_sent(code, target.name)
+
+    async def _place_model(self, client: str, payload: Any, home: pathlib.Path) -> str:
+        """Makes a model and its external data files in a folder of theirs; gives its own name."""
+        home.mkdir()
+        await self._place(client, payload, home / _MODEL, Code.INVALID_MODEL)
+        names = _external_names(payload)
+        for part, name in zip(payload.external_data, names, strict=True):
+            # onnx_ir refuses files with several hard links: they may be anybody's
+            await self._place(client, part.content, home / name, Code.INVALID_MODEL, copy=True)
+        return f"{home.name}/{_MODEL}"
 
     async def _place_calibration(
         self, client: str, request: Any, folder: pathlib.Path
@@ -223,8 +259,13 @@ class Jobs:
 
     async def _result(self, client: str, folder: pathlib.Path) -> Any:
         report = await asyncio.to_thread(_load, folder / "report.json", Report)
+        model = await self._payload(client, folder / "result.onnx")
+        weights = folder / WEIGHTS_NAME
+        if weights.exists():
+            content = await self._payload(client, weights)
+            model.external_data.add(name=WEIGHTS_NAME, content=content)
         return pruning_pb2.PruneResult(
-            model=await self._payload(client, folder / "result.onnx"),
+            model=model,
             plan=await self._payload(client, folder / "result.json"),
             report=_wire.to_wire(report, report_pb2.Report()),
         )
@@ -272,16 +313,29 @@ def blobs_of(message: Any) -> list[str]:
 
 def _payloads(message: Any) -> Iterator[tuple[str, Any]]:
     """(name, payload) of everything that a request or a result carries."""
-    yield "model", message.model  # sent or not: it must be
-    for name in ("against", "plan"):
-        if name in message.DESCRIPTOR.fields_by_name and message.HasField(name):
-            yield name, getattr(message, name)
+    for name in ("model", "against", "plan"):
+        # a model must be there, sent or not
+        if name == "model" or (
+            name in message.DESCRIPTOR.fields_by_name and message.HasField(name)
+        ):
+            payload = getattr(message, name)
+            yield name, payload
+            for file in payload.external_data:
+                yield name, file.content
     if "calibration" in message.DESCRIPTOR.fields_by_name:
         for part in message.calibration.parts:
             yield "calibration", part.content
 
 
-def _digest(payload: Any) -> str:
+def _digest(payload: Any) -> Any:
+    """What stands for a payload's content, as JSON takes it."""
+    if payload.external_data:
+        files = {file.name: _digest(file.content) for file in payload.external_data}
+        return [_digest_alone(payload), files]
+    return _digest_alone(payload)
+
+
+def _digest_alone(payload: Any) -> str:
     if payload.WhichOneof("content") == "inline":
         return hashlib.sha256(payload.inline).hexdigest()
     return str(payload.blob.sha256)
@@ -312,23 +366,30 @@ def _recipe(request: Any) -> dict[str, Any] | None:
 
 def _calibration_names(request: Any) -> list[str]:
     """Names of the calibration files, all different and without folders."""
-    names = [_file_name(part.name) for part in request.calibration.parts]
+    names = [part.name or "calibration.npz" for part in request.calibration.parts]
+    return _plain_names(names, "calibration", Code.INVALID_CALIBRATION)
+
+
+def _external_names(model: Any) -> list[str]:
+    """Names of a model's external data files, all different and without folders."""
+    names = [file.name for file in model.external_data]
+    return _plain_names([_MODEL, *names], "external data", Code.INVALID_MODEL)[1:]
+
+
+def _plain_names(names: list[str], kind: str, code: Code) -> list[str]:
+    """`names`, if they are plain names of different files. Raises Refused with `code`."""
+    for name in names:
+        plain = name == pathlib.PurePath(name).name and "\\" not in name and "\0" not in name
+        if not name or not plain or len(name.encode()) > _MAX_NAME:
+            raise refuse(
+                code,
+                f"the name of {kind} file {name[:_MAX_NAME]!r} must have no folders",
+                expected=f"a name of at most {_MAX_NAME} bytes",
+                found=name[:_MAX_NAME],
+            )
     if len(set(names)) != len(names):
-        raise refuse(Code.INVALID_CALIBRATION, "two calibration files have the same name")
+        raise refuse(code, f"two {kind} files have the same name")
     return names
-
-
-def _file_name(name: str) -> str:
-    """`name`, when it is the plain name of a file."""
-    name = name or "calibration.npz"
-    if name != pathlib.PurePath(name).name or "\\" in name or "\0" in name or len(name) > 200:
-        raise refuse(
-            Code.INVALID_CALIBRATION,
-            "a calibration file's name must have no folders",
-            expected="a name of at most 200 characters",
-            found=name[:200],
-        )
-    return name
 
 
 def _load(path: pathlib.Path, kind: Any) -> Any:

@@ -20,6 +20,7 @@ import os
 import pathlib
 import queue
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from secateur.errors import Code, Refusal, Refused, refuse
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Progress
+from secateur.result import WEIGHTS_NAME
 from secateur.service import jail
 
 _PR_SET_PDEATHSIG = 1
@@ -82,22 +84,16 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
         _check_decompressed(folder / job["calibration"], job["max_decompressed_bytes"])
     plan = Plan.load(folder / "plan.json") if job["plan"] else None
     result = engine.prune(
-        folder / "model.onnx",
+        folder / job["model"],
         _recipe(job),
         calibration=folder / job["calibration"] if job["calibration"] else None,
         plan=plan,
         progress=tell,
-        external_data=False,
+        external_data=job["external_data"],
         max_nodes=job["max_nodes"],
     )
     if result.weights is not None:
-        raise refuse(
-            Code.LIMIT_EXCEEDED,
-            "the pruned model is too large for one ONNX file, and a server sends one",
-            expected="less than 2 GiB",
-            found=f"{result.report.after.bytes} bytes",
-            hint="Prune it in process: the command without --server.",
-        )
+        shutil.move(result.weights.path, folder / WEIGHTS_NAME)
     (folder / "result.onnx").write_bytes(result.model)
     (folder / "result.json").write_text(result.plan.to_json(), encoding="utf-8")
     _write(folder / "report.json", result.report)
@@ -105,7 +101,10 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
 
 def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
     found = engine.inspect(
-        folder / "model.onnx", _recipe(job), external_data=False, max_nodes=job["max_nodes"]
+        folder / job["model"],
+        _recipe(job),
+        external_data=job["external_data"],
+        max_nodes=job["max_nodes"],
     )
     _write(folder / "inspection.json", found)
 
@@ -116,11 +115,10 @@ def _profile(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> N
         answer: int | None = channel.receive()["bytes"]
         return answer
 
-    against = folder / "against.onnx"
     found = engine.profile(
-        folder / "model.onnx",
-        against=against if job["against"] else None,
-        external_data=False,
+        folder / job["model"],
+        against=folder / job["against"] if job["against"] else None,
+        external_data=job["external_data"],
         max_nodes=job["max_nodes"],
         memory_meter=memory_meter,
     )

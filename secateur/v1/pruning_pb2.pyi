@@ -29,12 +29,22 @@ OPERATION_STATE_FAILED: OperationState
 OPERATION_STATE_CANCELLED: OperationState
 
 class Payload(_message.Message):
-    __slots__ = ("inline", "blob")
+    __slots__ = ("inline", "blob", "external_data")
     INLINE_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_DATA_FIELD_NUMBER: _ClassVar[int]
     inline: bytes
     blob: Blob
-    def __init__(self, inline: _Optional[bytes] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ...) -> None: ...
+    external_data: _containers.RepeatedCompositeFieldContainer[DataFile]
+    def __init__(self, inline: _Optional[bytes] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., external_data: _Optional[_Iterable[_Union[DataFile, _Mapping]]] = ...) -> None: ...
+
+class DataFile(_message.Message):
+    __slots__ = ("name", "content")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    content: Payload
+    def __init__(self, name: _Optional[str] = ..., content: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
 
 class Blob(_message.Message):
     __slots__ = ("sha256", "size_bytes")

@@ -339,6 +339,13 @@ def test_a_file_outside_the_folder_is_unsafe(outside: Outside, location: str) ->
     assert found.found == location
 
 
+def test_a_file_with_two_names_is_unsafe(outside: Outside) -> None:
+    """It may be anybody's, and onnx_ir does not open it."""
+    path, _ = outside
+    (path.parent / "other.bin").hardlink_to(path.parent / "weights.bin")
+    assert refusal(path, Code.UNSAFE_EXTERNAL_DATA).found == "weights.bin"
+
+
 def test_a_link_inside_the_folder_is_unsafe_too(outside: Outside) -> None:
     path, proto = outside
     (path.parent / "inside.bin").symlink_to(path.parent / "weights.bin")

@@ -58,7 +58,7 @@ class Server:
 
     def has_job(self) -> bool:
         """Whether a worker has a job."""
-        return any(self.folder.glob("workers/*/*/model.onnx"))
+        return any(self.folder.glob("workers/*/*/model/model.onnx"))
 
     def idle_worker(self) -> int:
         """The process id of the only worker, once it listens and all before has ended."""

@@ -192,7 +192,7 @@ def test_a_blob_that_is_too_large_is_refused_at_its_name(
             return "a" * 64
 
     calls: Calls = client._calls
-    with pytest.raises(secateur.Refused) as caught, calls._errors():
+    with pytest.raises(secateur.Refused) as caught, calls._call("upload"):
         run(calls._send(Huge(), calls._budget(10)))
     assert caught.value.refusal.code is secateur.Code.LIMIT_EXCEEDED
 
@@ -334,12 +334,12 @@ def test_a_new_writer_ends_the_one_before(tmp_path: pathlib.Path) -> None:
     upload = store.upload("", name_of(content), create=True)
     assert isinstance(upload, Upload)
     first, file = upload.open()
-    upload.append(first, file, 0, content[:4])
+    upload.append(first, file, [(0, content[:4])])
     second, other = upload.open()
     with file, other:
         with pytest.raises(CallError):
-            upload.append(first, file, 4, content[4:])
-        upload.append(second, other, 4, content[4:])
+            upload.append(first, file, [(4, content[4:])])
+        upload.append(second, other, [(4, content[4:6]), (6, content[6:])])
     upload.finish()
     assert store.get("", upload.blob).read_bytes() == content
 

@@ -210,7 +210,8 @@ def _check_reference(
 ) -> int:
     path = folder / location
     inside = not pathlib.PurePath(location).is_absolute() and path.resolve().is_relative_to(folder)
-    if not location or not inside or path.is_symlink():
+    linked = path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)
+    if not location or not inside or linked:
         raise refuse(
             Code.UNSAFE_EXTERNAL_DATA,
             f"tensor {name!r} refers to {location!r}, which is not a plain file inside the "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from secateur.graphops.model.opening import self_contained
-from secateur.result import WeightsFile
+from secateur.result import WEIGHTS_NAME, WeightsFile
 
 # protobuf holds less than 2 GiB; nodes and shapes want some of it.
 INLINE_LIMIT = 2**31 - 2**24
@@ -49,7 +49,7 @@ def serialise(model: ir.Model) -> Serialised:
         content = ir.to_proto(self_contained(model)).SerializeToString(deterministic=True)
         return Serialised(content, None, len(content))
     path = pathlib.Path(tempfile.mkdtemp(prefix="secateur-"), _NAME)
-    weights = WeightsFile(path.with_name(f"{_NAME}.data"))
+    weights = WeightsFile(path.with_name(WEIGHTS_NAME))
     ir.save(model, path, external_data=weights.path.name)
     content = path.read_bytes()
     return Serialised(content, weights, len(content) + weights.path.stat().st_size)
