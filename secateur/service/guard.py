@@ -21,7 +21,8 @@ log = logging.getLogger("secateur.service")
 
 _LOOK_S = 0.1  # between two looks at a worker
 _AT_ONCE = 2  # an allocation that brings a process above this many times its memory fails at once
-_ANONYMOUS = re.compile(rb"^RssAnon:\s+(\d+) kB", re.MULTILINE)
+_SPARE_ADDRESSES = 16 << 30  # bytes: libraries, stacks, models mapped from files
+_OWN = re.compile(rb"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
 
 
 class Guard:
@@ -81,10 +82,10 @@ class Guard:
 def memory_of(pid: int) -> int:
     """Bytes of memory that are a process' own: not files that it maps. 0 where nobody can tell."""
     try:
-        found = _ANONYMOUS.search(pathlib.Path(f"/proc/{pid}/status").read_bytes())
+        found = _OWN.findall(pathlib.Path(f"/proc/{pid}/status").read_bytes())
     except OSError:
         return 0
-    return int(found[1]) * 1024 if found else 0
+    return sum(map(int, found)) * 1024
 
 
 def limit_allocations(pid: int, memory: int) -> None:
@@ -92,5 +93,9 @@ def limit_allocations(pid: int, memory: int) -> None:
     if sys.platform == "linux":
         import resource
 
+        data = memory * _AT_ONCE
+        # shared memory is no data, and out of sight once it is unmapped from a worker's pages
+        addresses = data + _SPARE_ADDRESSES
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not ours to limit
-            resource.prlimit(pid, resource.RLIMIT_DATA, (memory * _AT_ONCE, memory * _AT_ONCE))
+            resource.prlimit(pid, resource.RLIMIT_DATA, (data, data))
+            resource.prlimit(pid, resource.RLIMIT_AS, (addresses, addresses))

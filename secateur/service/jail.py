@@ -203,7 +203,8 @@ _DENIED: dict[str, tuple[int, int | None]] = {
     # files that lead whoever reads a job's folder elsewhere, or hold him up
     "symlink": (88, _NO), "symlinkat": (266, 36), "link": (86, _NO), "linkat": (265, 37),
     "mknod": (133, _NO), "mknodat": (259, 33),
-    # memory and queues shared by number, keys
+    # memory that no limit counts, memory and queues shared by number, keys
+    "memfd_create": (319, 279),
     "shmget": (29, 194), "shmat": (30, 196), "semget": (64, 190), "msgget": (68, 186),
     "mq_open": (240, 180), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     # administration, and corners of the kernel that attacks come through

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pathlib
 import platform
@@ -19,6 +20,7 @@ from conftest import Server
 import secateur
 from secateur.service import jail
 from secateur.service.errors import CallError
+from secateur.service.guard import memory_of
 from secateur.service.pool import MAX_REPORT, _environment, _seal
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="walls are Linux's")
@@ -54,6 +56,7 @@ ATTACKS = {
     "a new namespace": "call(272 if x86 else 97, 0x10000000)",
     "more descriptors": "resource.setrlimit(resource.RLIMIT_NOFILE, (9999, 9999))",
     "priority": "os.setpriority(os.PRIO_PROCESS, 0, -5)",
+    "memory that no limit counts": "os.memfd_create('x')",
     "shared memory": "open('/dev/shm/x', 'w')",
 }
 
@@ -196,6 +199,14 @@ def test_a_server_says_when_workers_are_not_shut_in(
     )
     assert done.returncode == 5
     assert "not fully shut in" in done.stderr
+
+
+def test_memory_that_may_be_shared_counts() -> None:
+    before, size = memory_of(os.getpid()), 64 << 20
+    with mmap.mmap(-1, size) as shared:
+        for offset in range(0, size, mmap.PAGESIZE):
+            shared[offset] = 1
+        assert memory_of(os.getpid()) - before > size // 2
 
 
 def test_memory_is_measured_though_workers_start_no_process(
