@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import runpy
 import shutil
 import signal
@@ -38,6 +39,9 @@ from secateur.result import WEIGHTS_NAME
 from secateur.service import jail
 
 _PR_SET_PDEATHSIG = 1
+
+# as protobuf, the C++ library and ONNX Runtime say it
+_NO_MEMORY = re.compile(r"Arena alloc failed|bad_alloc|bad allocation|[Ff]ailed to allocate memory")
 
 Job = dict[str, Any]
 
@@ -62,9 +66,8 @@ def main() -> None:
         try:
             _CALLS[job["call"]](engine, job, folder, channel)
         except Refused as error:
-            channel.send(
-                {"refused": _without_folder(error.refusal, folder).model_dump(mode="json")}
-            )
+            refusal = _too_large() if _wants_memory(error.refusal) else error.refusal
+            channel.send({"refused": _without_folder(refusal, folder).model_dump(mode="json")})
         except MemoryError:
             channel.send({"refused": _too_large().model_dump(mode="json")})
         except BaseException:  # also what libraries raise to end a process: the server decides
@@ -146,6 +149,11 @@ def _check_decompressed(path: pathlib.Path, most: int) -> None:
             found=total,
             hint="Send fewer samples: a few hundred are enough.",
         )
+
+
+def _wants_memory(refusal: Refusal) -> bool:
+    """Whether what a library could not do was to allocate: then the model is not at fault."""
+    return _NO_MEMORY.search(refusal.message) is not None
 
 
 def _too_large() -> Refusal:

@@ -18,10 +18,11 @@ import pytest
 from conftest import Server, frozen, is_gone, perceptron, wait_for
 
 import secateur
-from secateur import Code
+from secateur import Code, Refusal
 from secateur.graphops.model import checking
 from secateur.operation import State
 from secateur.service.guard import memory_of
+from secateur.service.worker import _wants_memory
 
 SMALL = perceptron(16, 32, 8)
 
@@ -176,6 +177,19 @@ def test_a_job_that_takes_too_much_memory_dies_alone(own_server: Callable[..., S
         expected, _ = limit(lambda: client.prune(perceptron(3000, 6000, 100)))
         assert expected in (f"at most {160 << 20}", "")  # counted, or refused by the kernel
         assert client.prune(SMALL).model
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("not an ONNX file …: Error parsing message: Arena alloc failed", True),
+        ("ONNX Runtime cannot run it: std::bad_alloc", True),
+        ("Failed to allocate memory for requested buffer of size 72000000", True),
+        ("not an ONNX file, cut short, or nested too deep", False),
+    ],
+)
+def test_a_library_without_memory_is_not_the_models_fault(message: str, expected: bool) -> None:
+    assert _wants_memory(Refusal(code=Code.INVALID_MODEL, message=message)) is expected
 
 
 # ---- how much work there may be ----------------------------------------------------------------
