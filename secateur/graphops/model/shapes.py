@@ -95,16 +95,17 @@ def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = 
 
     Args:
         model: its recorded value infos are not trusted.
-        given: shapes of inputs as calibration data has them, batch axis included; they bind the
-            symbolic axes.
+        given: shapes of inputs as calibration data has them, batch axis included; they are the
+            first binding of the symbolic axes.
     """
     skeleton = _Skeleton(model)
     candidates = max(len(_SEQUENCES), len(_IMAGES), len(_AUDIO))
     for attempt in range(candidates):
-        bindings = _bindings(model.graph, attempt, given)
+        last = attempt == candidates - 1
+        bindings = _bindings(model.graph, attempt, given, alone=last)
         try:
-            first = skeleton.infer(bindings[0], strict=attempt < candidates - 1)
-            second = skeleton.infer(bindings[1], strict=attempt < candidates - 1)
+            first = skeleton.infer(bindings[0], strict=not last)
+            second = skeleton.infer(bindings[1], strict=not last)
         except _InvalidBinding:
             continue
         inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
@@ -118,7 +119,7 @@ def real_inputs(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _bindings(
-    graph: ir.Graph, attempt: int, given: Mapping[str, tuple[int, ...]] | None
+    graph: ir.Graph, attempt: int, given: Mapping[str, tuple[int, ...]] | None, alone: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     named: dict[str, tuple[int, int]] = {}
     result: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = ({}, {})
@@ -133,7 +134,11 @@ def _bindings(
                 continue
             pair = _candidate(value, len(dims), axis, attempt)
             if observed is not None and len(observed) == len(dims) and axis > 0:
-                pair = (observed[axis], observed[axis])
+                # What the data shows fits. Another size tells what follows it from what is the
+                # model's own, unless the model takes no other (`alone`).
+                others = [size for size in pair[::-1] if size != observed[axis]]
+                second = others[0] if others and not alone else observed[axis]
+                pair = (observed[axis], second)
             key = str(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value else ""
             pairs.append(named.setdefault(key, pair) if key else pair)
         for which in (0, 1):
@@ -653,3 +658,11 @@ def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
 
 def _is_complete(shape: Shape | None) -> bool:
     return shape is not None and None not in shape
+
+
+def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node's output, None for anything else."""
+    if value is None or value.const_value is not None:
+        return None if value is None else value.const_value
+    node = value.producer()
+    return constant_tensor(node) if node is not None and node.op_type == "Constant" else None

@@ -15,6 +15,12 @@ from secateur.graphops.coupling.flow import Choice, Flow
 from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.rules.attributes import integer, operand, rank, text
+from secateur.graphops.rules.linear import (
+    linear_conv,
+    linear_conv_transpose,
+    linear_gemm,
+    linear_matmul,
+)
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -115,8 +121,15 @@ def all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
     return tuple((str(value.name), axis) for axis in range(rank(flow, value) or 0))
 
 
-register("MatMul", "contraction", couple_matmul, macs=macs_matmul)
-register("Gemm", "contraction", couple_gemm, macs=macs_gemm, roles={1: "weight", 2: "bias"})
+register("MatMul", "contraction", couple_matmul, macs=macs_matmul, linear=linear_matmul)
+register(
+    "Gemm",
+    "contraction",
+    couple_gemm,
+    macs=macs_gemm,
+    linear=linear_gemm,
+    roles={1: "weight", 2: "bias"},
+)
 register("Einsum", "contraction", couple_einsum, macs=macs_einsum)
 
 
@@ -264,13 +277,22 @@ def macs_conv_transpose(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
 
 
 _ROLES = {1: "weight", 2: "bias"}
-register("Conv", "convolution", couple_conv, rewrite=rewrite_conv, macs=macs_conv, roles=_ROLES)
+register(
+    "Conv",
+    "convolution",
+    couple_conv,
+    rewrite=rewrite_conv,
+    macs=macs_conv,
+    linear=linear_conv,
+    roles=_ROLES,
+)
 register(
     "ConvTranspose",
     "convolution",
     couple_conv_transpose,
     rewrite=rewrite_conv_transpose,
     macs=macs_conv_transpose,
+    linear=linear_conv_transpose,
     roles=_ROLES,
 )
 

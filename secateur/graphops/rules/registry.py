@@ -2,7 +2,8 @@
 
 Everything the engine knows about an operator is one `register` call in one file of this folder:
 how labels pass through (`couple`), how the node is rewritten when labels go (`rewrite`, only
-where slicing its constants is not enough), and what it costs (`macs`). An operator without a
+where slicing its constants is not enough), what it costs (`macs`), and whether it is a matrix
+product that can be refitted (`linear`). An operator without a
 rule is not guessed at: whatever reaches it is frozen and the report says so.
 """
 
@@ -17,6 +18,7 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from secateur.graphops.coupling.flow import Flow
     from secateur.graphops.coupling.units import Axis
+    from secateur.graphops.rules.linear import Linear
     from secateur.graphops.surgery.surgeon import Surgeon
 
 Couple = Callable[["Flow", ir.Node], None]
@@ -33,6 +35,8 @@ class Rule:
         couple: passes labels from inputs to outputs.
         rewrite: adapts attributes and integer inputs of the node after units went.
         macs: multiply-accumulates, a sum of products of the sizes of axes.
+        linear: sees the node as a matrix product over positions, from which criteria take moments
+            and which repair fits; None where it is not one.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
@@ -44,6 +48,7 @@ class Rule:
     couple: Couple
     rewrite: Rewrite | None
     macs: Macs | None
+    linear: Linear | None
     roles: dict[int, str]
     reads: tuple[int, ...] | None
     domain: str
@@ -64,6 +69,7 @@ def register(
     *,
     rewrite: Rewrite | None = None,
     macs: Macs | None = None,
+    linear: Linear | None = None,
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
     domain: str = "",
@@ -84,7 +90,19 @@ def register(
                     f"{other.since}..{other.until} already"
                 )
         rules.append(
-            Rule(family, couple, rewrite, macs, roles or {}, reads, domain, op_type, since, until)
+            Rule(
+                family,
+                couple,
+                rewrite,
+                macs,
+                linear,
+                roles or {},
+                reads,
+                domain,
+                op_type,
+                since,
+                until,
+            )
         )
 
 

@@ -1,0 +1,187 @@
+"""Second moments of what linear nodes read, over calibration data.
+
+    n = Σ 1      s = Σ x      S = Σ x xᵀ        over sampled positions of all samples
+
+Accumulated in float64 from float32 products of one batch each (BLAS), so that any amount of data
+takes the memory of one batch and of the moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops import rules
+from secateur.graphops.calibration.data import Calibration
+from secateur.graphops.calibration.network import Network
+from secateur.graphops.model.shapes import Shapes, constant_of
+from secateur.graphops.rules.linear import LinearMap
+
+Matrix = npt.NDArray[np.float64]
+
+# Entries of x beyond which a matrix of second moments is too large to hold and to factor.
+WIDEST = 6144
+_PER_PASS = 768 << 20  # bytes of tensors that leave ONNX Runtime in one run
+_HELD = 2 << 30  # bytes of moments held at once
+# Rows per entry of x; fewer leave the moments singular, more change nothing that can be seen.
+_ROWS_PER_ENTRY = 12
+_LEAST_ROWS = 8192
+_MOST_ROWS = 65536
+_FITTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+
+
+def gram(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Σ x xᵀ, shape (groups, k, k), of rows (groups, places, k)."""
+    if rows.shape[0] > 1:
+        return np.matmul(rows.transpose(0, 2, 1), rows)
+    return (rows[0].T @ rows[0])[None]  # NumPy sees that it is symmetric: half the work
+
+
+@dataclass(slots=True)
+class Moments:
+    """Moments of one node's x.
+
+    Attributes:
+        count: rows seen.
+        total: (groups, k).
+        second: (groups, k, k).
+    """
+
+    count: int
+    total: Matrix
+    second: Matrix
+
+    @classmethod
+    def zeros(cls, groups: int, width: int) -> Moments:
+        """Of nothing yet."""
+        return cls(0, np.zeros((groups, width)), np.zeros((groups, width, width)))
+
+    def add(self, rows: npt.NDArray[np.float32]) -> None:
+        """Adds x[p], shape (groups, places, k)."""
+        self.count += rows.shape[1]
+        self.total += rows.sum(axis=1, dtype=np.float64)
+        self.second += gram(rows)
+
+    def mean(self) -> Matrix:
+        """(groups, k)."""
+        return self.total / self.count
+
+    def covariance(self) -> Matrix:
+        """(groups, k, k)."""
+        mean = self.mean()
+        return self.second / self.count - mean[:, :, None] * mean[:, None, :]
+
+    def about_zero(self) -> Matrix:
+        """(groups, k, k), E[x xᵀ]."""
+        return self.second / self.count
+
+
+def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:
+    """Every node of the main graph that is a matrix product with a constant weight."""
+    opsets = dict(model.opset_imports)
+    for node in model.graph:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        if rule is None or rule.linear is None or len(node.inputs) < 2:
+            continue
+        x, tensor = node.inputs[0], constant_of(node.inputs[1])
+        shape = None if x is None else shapes.of(str(x.name))
+        if shape is None or tensor is None or tensor.dtype not in _FITTED:
+            continue
+        view = rule.linear(node, [size or 0 for size in shape], tensor.shape.numpy())
+        if view is not None:
+            yield view
+
+
+def tensor_of(view: LinearMap) -> ir.TensorProtocol | None:
+    """The constant that a node multiplies with, None where it is not one."""
+    return constant_of(view.node.inputs[view.weight])
+
+
+def weight_of(view: LinearMap) -> Matrix:
+    """W in float64, shape (groups, out / groups, k)."""
+    tensor = tensor_of(view)
+    assert tensor is not None
+    return view.matrix(tensor.numpy().astype(np.float64))
+
+
+def width(view: LinearMap) -> int:
+    """Entries of x[p]."""
+    tensor = tensor_of(view)
+    assert tensor is not None
+    nothing = np.broadcast_to(np.float32(0), tensor.shape.numpy())
+    return int(view.matrix(nothing).shape[2])
+
+
+def sample_places(
+    positions: int, batches: int, entries: int, generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Positions of one batch to look at, ascending.
+
+    Args:
+        positions: of the output, all samples of the batch together.
+        batches: how many there will be.
+        entries: of x.
+        generator: draws them where there are more than are needed.
+    """
+    rows = min(max(_ROWS_PER_ENTRY * entries, _LEAST_ROWS), _MOST_ROWS)
+    wanted = -(-rows // batches)
+    if positions <= wanted:
+        return np.arange(positions)
+    return np.sort(generator.choice(positions, wanted, replace=False))
+
+
+def collect(
+    network: Network,
+    views: Sequence[LinearMap],
+    seed: int,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[ir.Node, Moments]:
+    """Moments of x of each node. Nodes that read the same, the same way, share them.
+
+    Args:
+        network: standing at its beginning.
+        views: of nodes no wider than `WIDEST`.
+        seed: of the positions.
+        progress: told the share that is done.
+    """
+    found: dict[ir.Node, Moments] = {}
+    shared: dict[object, Moments] = {}
+    for place, view in enumerate(views):
+        key = _reading(view)
+        if key not in shared:
+            shared[key] = _of_one(network, view, seed + place)
+        found[view.node] = shared[key]
+        progress((place + 1) / len(views))
+    return found
+
+
+def _reading(view: LinearMap) -> object:
+    """Equal for nodes that have the same rows."""
+    x = view.node.inputs[0]
+    attributes = tuple(
+        sorted((name, repr(attribute.value)) for name, attribute in view.node.attributes.items())
+    )
+    tensor = tensor_of(view)
+    kernel = () if tensor is None else tensor.shape.numpy()[2:]
+    return (view.node.op_type, str(x.name if x else ""), attributes, kernel)
+
+
+def _of_one(network: Network, view: LinearMap, seed: int) -> Moments:
+    network.advance(view.node)
+    x, y = str(view.node.inputs[0].name), str(view.node.outputs[0].name)  # type: ignore[union-attr]
+    piece = network.session([x, y])
+    generator = np.random.default_rng(seed)
+    entries = width(view)
+    moments = Moments.zeros(view.groups, entries)
+    for batch in range(network.batches):
+        values = piece.run(batch)
+        shape = values[y].shape
+        positions = values[y].size // shape[view.y_axis]
+        places = sample_places(positions, network.batches, entries, generator)
+        moments.add(view.rows(values[x], shape, places).astype(np.float32))
+    return moments

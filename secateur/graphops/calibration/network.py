@@ -1,0 +1,157 @@
+"""Runs a model to any of its tensors, a piece at a time.
+
+To know a tensor deep in a graph, everything before it must run. Asked for one layer after another
+that would be quadratic, so a `Network` can stand still behind a node: the values that cross that
+point are held, and what follows runs from there. Where they are too large to hold, it stays where
+it stood and runs the longer way: memory is bounded, and only time is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from secateur.graphops.calibration.data import Array, Feeds
+from secateur.graphops.model.shapes import bodies
+from secateur.graphops.verify.runtime import open_session
+
+HOLD = 512 << 20  # bytes of values held between nodes
+
+
+class Network:
+    """A model and the batches it runs on.
+
+    Args:
+        model: its weights may be changed while the network stands before the nodes that read
+            them.
+        batches: feeds; all of them are held in memory.
+        hold: most bytes of values to hold, the feeds not counted.
+    """
+
+    def __init__(self, model: ir.Model, batches: Sequence[Feeds], hold: int = HOLD) -> None:
+        self._model = model
+        self._nodes = list(model.graph)
+        self._place = {node: place for place, node in enumerate(self._nodes)}
+        self._reads = [read_by(node) for node in self._nodes]
+        self._last_use = _last_uses(self._reads)
+        self._at = 0  # nodes before it have run
+        self._held: list[Feeds] = [dict(batch) for batch in batches]
+        self._hold = hold
+
+    def place(self, node: ir.Node) -> int:
+        """Where a node stands in the order in which the network runs them."""
+        return self._place[node]
+
+    @property
+    def batches(self) -> int:
+        """How many batches it runs on."""
+        return len(self._held)
+
+    def session(self, names: Iterable[str]) -> Piece:
+        """What computes tensors from where the network stands."""
+        return Piece(self, list(dict.fromkeys(names)))
+
+    def advance(self, node: ir.Node) -> None:
+        """Stands just before `node`, if the values that cross there may be held."""
+        stop = self._place[node]
+        crossing = [
+            name
+            for place in range(self._at, stop)
+            for name in (str(output.name) for output in self._nodes[place].outputs if output.name)
+            if self._last_use.get(name, -1) >= stop
+        ]
+        if stop <= self._at:
+            return
+        kept = [name for name in self._held[0] if self._last_use.get(name, -1) >= stop]
+        piece = self.session(crossing)
+        held: list[Feeds] = []
+        room = self._hold
+        for batch, values in enumerate(self._held):
+            found = piece.run(batch)
+            room -= sum(array.nbytes for array in found.values() if isinstance(array, np.ndarray))
+            if room < 0 or not all(_can_be_held(array) for array in found.values()):
+                return
+            held.append({**{name: values[name] for name in kept}, **found})
+        self._held, self._at = held, stop
+
+    def _model_of(self, names: Sequence[str]) -> tuple[bytes, list[str]]:
+        """A model of the nodes between here and `names`; and the inputs it takes."""
+        wanted, nodes = set(names), []
+        given = self._held[0]
+        for place in range(len(self._nodes) - 1, self._at - 1, -1):
+            node = self._nodes[place]
+            if any(output.name in wanted for output in node.outputs):
+                nodes.append(node)
+                wanted.update(str(value.name) for value in self._reads[place])
+        graph = self._model.graph
+        proto = onnx.ModelProto(ir_version=max(self._model.ir_version, 4))
+        for domain, version in self._model.opset_imports.items():
+            proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
+        proto.graph.name = "piece"
+        proto.graph.node.extend(ir.to_proto(node) for node in reversed(nodes))
+        inputs = [name for name in given if name in wanted]
+        for name in inputs:
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, None))
+        for name, value in graph.initializers.items():
+            if name in wanted and value.const_value is not None:
+                tensor = ir.to_proto(ir.Tensor(value.const_value.numpy(), name=name, dtype=value.const_value.dtype))
+                proto.graph.initializer.append(tensor)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+        return proto.SerializeToString(), inputs
+
+    def _values(self, batch: int) -> Feeds:
+        return self._held[batch]
+
+
+class Piece:
+    """A session from where a network stood to some tensors."""
+
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
+        self._network = network
+        self._given = [name for name in names if name in network._values(0)]
+        self._computed = [name for name in names if name not in network._values(0)]
+        self._session: ort.InferenceSession | None = None
+        if self._computed:
+            model, self._inputs = network._model_of(self._computed)
+            self._session = open_session(model, spin=False)
+
+    def run(self, batch: int) -> dict[str, Array]:
+        """The tensors, by name, of one batch."""
+        values = self._network._values(batch)
+        found: dict[str, Any] = {name: values[name] for name in self._given}
+        if self._session is not None:
+            feeds = {name: values[name] for name in self._inputs}
+            results = self._session.run(self._computed, feeds)
+            found.update(zip(self._computed, results, strict=True))
+        return found
+
+
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """What a node reads: its inputs, and what its subgraphs take from outside."""
+    found = [value for value in node.inputs if value is not None and value.name]
+    for body in bodies(node).values():
+        inside = set(body.inputs) | set(body.initializers.values())
+        for inner in body.all_nodes():
+            inside.update(inner.outputs)
+        for inner in body.all_nodes():
+            found += [v for v in inner.inputs if v is not None and v not in inside]
+        found += [v for v in body.outputs if v is not None and v not in inside]
+    return found
+
+
+def _last_uses(reads: Sequence[Sequence[ir.Value]]) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for place, values in enumerate(reads):
+        for value in values:
+            last[str(value.name)] = place
+    return last
+
+
+def _can_be_held(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"

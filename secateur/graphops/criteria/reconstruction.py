@@ -1,0 +1,123 @@
+"""Reconstruction: what is lost at a unit's consumers after the rest has taken over.
+
+Removing the entries P of x costs a consumer y = W·x, its weights refitted by least squares,
+
+    Δ(P) = Σ over outputs w:  w_Pᵀ ([S⁻¹]_PP)⁻¹ w_P          S = Cov(x)
+
+(LeCun, Denker, Solla: Optimal Brain Damage; Hassibi, Stork: Optimal Brain Surgeon, 1993; in blocks
+and on activations: Frantar, Alistarh: Optimal Brain Compression, 2022; Meng et al.: OSSCAR, 2024).
+Units go one after another, or a few together; after each step W and S⁻¹ are those of what is left:
+
+    W ← W − W_P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P         S⁻¹ ← S⁻¹ − [S⁻¹]_·P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P
+
+A unit's losses at its consumers are added, each relative to the variance of what the consumer
+puts out. The score is the loss of its group when the unit has gone: it grows from unit to unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from secateur.graphops.calibration.moments import Moments, weight_of
+from secateur.graphops.rules.linear import LinearMap
+
+Matrix = npt.NDArray[np.float64]
+Columns = npt.NDArray[np.int64]
+
+_DAMPING = 1e-3  # of the mean variance, added to all: what the samples do not show
+_AT_ONCE = 32  # one in that many of the units that are left goes in one step
+
+
+@dataclass(slots=True)
+class Consumer:
+    """One matrix product that reads units, and what is left of it.
+
+    Attributes:
+        weight: (out, k).
+        inverse: (k, k), of the damped covariance.
+        columns: (units, entries of x per unit), those of each unit of the group.
+        scale: 1 / variance of the output.
+    """
+
+    weight: Matrix
+    inverse: Matrix
+    columns: Columns
+    scale: float
+
+    def losses(self, left: Columns) -> Matrix:
+        """Δ of each unit in `left`, shape (left,)."""
+        columns = self.columns[left]
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        weights = self.weight[:, columns].transpose(1, 2, 0)  # (left, entries, out)
+        if columns.shape[1] == 1:
+            return self.scale * (weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]
+        solved = np.linalg.solve(blocks, weights)
+        return self.scale * np.einsum("upo,upo->u", weights, solved)
+
+    def remove(self, units: Columns) -> float:
+        """Takes units out; what that costs together."""
+        gone = self.columns[units].reshape(-1)
+        block = self.inverse[np.ix_(gone, gone)]
+        solved = np.linalg.solve(block, self.inverse[gone])
+        lost = self.weight[:, gone]
+        cost = float(np.einsum("op,op->", lost, np.linalg.solve(block, lost.T).T))
+        self.weight -= lost @ solved
+        self.inverse -= self.inverse[:, gone] @ solved
+        self.weight[:, gone] = 0
+        # What is gone stays gone: nothing couples to it, and its block stays invertible.
+        self.inverse[gone] = 0
+        self.inverse[:, gone] = 0
+        self.inverse[gone, gone] = 1
+        return self.scale * max(cost, 0.0)
+
+
+def consumers_of(view: LinearMap, moments: Moments, line: Columns, units: Columns) -> list[Consumer]:
+    """The consumers of a group of units in one node, one per group of the convolution.
+
+    Args:
+        view: the node.
+        moments: of its x.
+        line: unit of each position of the axis that is summed over.
+        units: of the group.
+    """
+    weight, covariance = weight_of(view), moments.covariance()
+    channels = view.channels(line.size)
+    found = []
+    for group in range(weight.shape[0]):
+        owner = line[channels[group]]
+        order = np.argsort(owner, kind="stable")
+        first, after = np.searchsorted(owner[order], units), np.searchsorted(owner[order], units, "right")
+        entries = after - first
+        if not entries[0] or (entries != entries[0]).any():
+            continue
+        columns = order[first[:, None] + np.arange(entries[0])]
+        damped = covariance[group].copy()
+        variance = np.einsum("oi,ij,oj->", weight[group], damped, weight[group], optimize=True)
+        damped[np.diag_indices_from(damped)] += _DAMPING * max(np.trace(damped) / len(damped), 1e-12)
+        inverse = np.linalg.inv(damped)
+        found.append(Consumer(weight[group].copy(), inverse, columns, 1 / max(variance, 1e-12)))
+    return found
+
+
+def eliminate(consumers: list[Consumer], units: int) -> Matrix:
+    """Takes all units of a group out, the least missed first.
+
+    Returns:
+        the loss when each unit has gone, shape (units,), ascending in the order of going.
+    """
+    scores = np.zeros(units)
+    left = np.arange(units)
+    loss = 0.0
+    while left.size:
+        costs = np.sum([consumer.losses(left) for consumer in consumers], axis=0)
+        together = max(1, left.size // _AT_ONCE)
+        chosen = left[np.argsort(costs, kind="stable")[:together]]
+        step = sum(consumer.remove(chosen) for consumer in consumers)
+        # Those that go together share the step in the order of what each alone would cost.
+        scores[chosen] = loss + step * np.arange(1, together + 1) / together
+        loss += step
+        left = np.setdiff1d(left, chosen, assume_unique=True)
+    return scores

@@ -1,0 +1,5 @@
+"""What is left takes over the work of what went: consumers are refitted, layer by layer."""
+
+from secateur.graphops.repair.repair import repair
+
+__all__ = ["repair"]

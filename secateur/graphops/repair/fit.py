@@ -1,0 +1,166 @@
+"""Least squares from second moments.
+
+    minimise  E‖y − W·x − b‖² + λ·v·‖W − W₀‖²        v: mean variance of the entries of x
+
+    W = W₀ + (Cyx − W₀·Cxx)·(Cxx + λ·v·I)⁻¹        b = E[y] − W·E[x]
+
+Ridge regression towards the weights that are there (He, Zhang, Sun: Channel Pruning for
+Accelerating Very Deep Neural Networks, ICCV 2017, fit without λ). λ is chosen by the error on
+moments of batches that the fit has not seen; no λ at all means the old weights stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from secateur.graphops.calibration.moments import gram
+
+Matrix = npt.NDArray[np.float64]
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over rows of x (groups, k) and of the y (groups, out) that they should give.
+
+    Attributes:
+        count: rows.
+        x, y: (groups, k) and (groups, out).
+        xx, yx: (groups, k, k) and (groups, out, k).
+        yy: (groups, out), squares.
+    """
+
+    count: int
+    x: Matrix
+    y: Matrix
+    xx: Matrix
+    yx: Matrix
+    yy: Matrix
+
+    @classmethod
+    def zeros(cls, groups: int, k: int, out: int) -> Sums:
+        """Of no rows."""
+        shapes = [(groups, k), (groups, out), (groups, k, k), (groups, out, k), (groups, out)]
+        return cls(0, *(np.zeros(shape) for shape in shapes))
+
+    def add(self, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> None:
+        """Adds rows.
+
+        Args:
+            x: (groups, rows, k).
+            y: (groups, rows, out).
+        """
+        self.count += x.shape[1]
+        self.x += x.sum(axis=1, dtype=np.float64)
+        self.y += y.sum(axis=1, dtype=np.float64)
+        self.xx += gram(x)
+        self.yx += np.matmul(y.transpose(0, 2, 1), x)
+        self.yy += np.einsum("gro,gro->go", y, y, dtype=np.float64)
+
+    def __add__(self, other: Sums) -> Sums:
+        """Over the rows of both."""
+        return Sums(
+            self.count + other.count,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.yx + other.yx,
+            self.yy + other.yy,
+        )
+
+    def error(self, weight: Matrix, bias: Matrix) -> float:
+        """E‖y − W·x − b‖², summed over outputs.
+
+        Args:
+            weight: (groups, out, k).
+            bias: (groups, out).
+        """
+        n = self.count
+        mean_x, mean_y = self.x / n, self.y / n
+        fitted = np.einsum("gok,gk->go", weight, mean_x)
+        squares = self.yy / n - 2 * np.einsum("gok,gok->go", weight, self.yx) / n
+        squares += np.einsum("gok,gok->go", np.matmul(weight, self.xx / n), weight)
+        squares += 2 * bias * (fitted - mean_y) + bias**2
+        return float(np.maximum(squares, 0).sum())
+
+    def variance(self) -> float:
+        """Var(y), summed over outputs."""
+        return float((self.yy / self.count - (self.y / self.count) ** 2).sum())
+
+    def bias(self, weight: Matrix) -> Matrix:
+        """The best b for a W, shape (groups, out)."""
+        best: Matrix = (self.y - np.einsum("gok,gk->go", weight, self.x)) / self.count
+        return best
+
+    def fit(self, weight: Matrix, ridge: float, *, biased: bool) -> Matrix:
+        """The W of the equation above.
+
+        Args:
+            weight: W₀.
+            ridge: λ.
+            biased: whether there is a b; without one the moments are about zero.
+        """
+        n = self.count
+        xx, yx = self.xx / n, self.yx / n
+        if biased:
+            mean_x, mean_y = self.x / n, self.y / n
+            xx = xx - mean_x[:, :, None] * mean_x[:, None, :]
+            yx = yx - mean_y[:, :, None] * mean_x[:, None, :]
+        result = np.empty_like(weight)
+        for group in range(weight.shape[0]):
+            damped = xx[group].copy()
+            variance = max(float(np.trace(damped)) / len(damped), 1e-12)
+            damped[np.diag_indices_from(damped)] += ridge * variance
+            missing = yx[group] - weight[group] @ xx[group]
+            result[group] = weight[group] + _solve(damped, missing.T).T
+        return result
+
+
+def _solve(matrix: Matrix, right: Matrix) -> Matrix:
+    """Cholesky; by eigenvalues where rounding has left the matrix indefinite."""
+    try:
+        factor = scipy.linalg.cho_factor(matrix, check_finite=False)
+        solved: Matrix = scipy.linalg.cho_solve(factor, right, check_finite=False)
+    except np.linalg.LinAlgError:
+        solved = np.linalg.lstsq(matrix, right, rcond=None)[0]
+    return solved
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What came of one fit.
+
+    Attributes:
+        weight, bias: (groups, out, k) and (groups, out).
+        before, after: relative error on held-back batches, E‖y − ŷ‖² / Var(y).
+        ridge: λ, None where the old weights were best.
+    """
+
+    weight: Matrix
+    bias: Matrix
+    before: float
+    after: float
+    ridge: float | None
+
+
+def choose(seen: Sums, held: Sums, weight: Matrix, bias: Matrix, *, biased: bool) -> Fitted:
+    """Fits on one part of the data, keeps what is best on the other, and then uses both."""
+    scale = 1 / max(held.variance(), 1e-30)
+    before = held.error(weight, bias)
+    best, ridge = before, None
+    for candidate in RIDGES:
+        fitted = seen.fit(weight, candidate, biased=biased)
+        error = held.error(fitted, seen.bias(fitted) if biased else bias)
+        if np.isfinite(error) and error < best:
+            best, ridge = error, candidate
+    if ridge is None:
+        return Fitted(weight, bias, before * scale, before * scale, None)
+    together = seen + held
+    weight = together.fit(weight, ridge, biased=biased)
+    bias = together.bias(weight) if biased else bias
+    return Fitted(weight, bias, before * scale, best * scale, ridge)

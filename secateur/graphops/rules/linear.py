@@ -1,0 +1,242 @@
+"""Nodes that map one activation linearly, seen as a matrix product over sampled positions.
+
+    y[p] = W · x[p] + b
+
+p is a position of the output (a pixel, a token), y[p] its channels, and x[p] what the node reads
+for it: one row of a MatMul, the patch under a convolution's kernel (im2col). Criteria take second
+moments of x, repair fits W and b; neither has to know which operator it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops.rules.attributes import integer, integers, text
+
+Floats = npt.NDArray[np.floating[Any]]
+Places = npt.NDArray[np.int64]
+
+
+class LinearMap(Protocol):
+    """One node, its weight and bias.
+
+    Attributes:
+        node: the node.
+        weight: input index of W, a constant.
+        bias: input index of b, which may be absent; None where the operator has no bias.
+        x_axis: axis of input 0 that is summed over.
+        y_axis: axis of the output that holds the result's channels.
+        groups: independent maps that lie side by side (grouped convolution).
+    """
+
+    node: ir.Node
+    weight: int
+    bias: int | None
+    x_axis: int
+    y_axis: int
+    groups: int
+
+    def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
+        """x[p], shape (groups, places, k).
+
+        Args:
+            x: input 0.
+            shape: of the output.
+            places: flat indices of positions of the output without its channel axis.
+        """
+
+    def channels(self, size: int) -> npt.NDArray[np.int64]:
+        """Shape (groups, k): which of the `size` positions of `x_axis` each entry of x[p] is of."""
+
+    def matrix(self, weight: Floats) -> Floats:
+        """W, shape (groups, out / groups, k)."""
+
+    def tensor(self, matrix: Floats, shape: Sequence[int]) -> Floats:
+        """The weight of that shape that `matrix` would be the matrix of."""
+
+
+Linear = Callable[[ir.Node, Sequence[int], Sequence[int]], "LinearMap | None"]
+
+
+def pick_rows(y: Floats, axis: int, places: Places) -> Floats:
+    """y[p], shape (places, channels)."""
+    return np.moveaxis(y, axis, -1).reshape(-1, y.shape[axis])[places]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """MatMul and Gemm with a constant matrix on the right: W is its transpose, times alpha.
+
+    Attributes:
+        stored: whether the constant is (out, in) rather than (in, out).
+        alpha: factor that the node applies.
+    """
+
+    node: ir.Node
+    x_axis: int
+    y_axis: int
+    bias: int | None
+    stored: bool = False
+    alpha: float = 1.0
+    weight: int = 1
+    groups: int = 1
+
+    def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
+        """Rows of x."""
+        return np.moveaxis(x, self.x_axis, -1).reshape(-1, x.shape[self.x_axis])[places][None]
+
+    def channels(self, size: int) -> npt.NDArray[np.int64]:
+        """One entry per channel."""
+        return np.arange(size)[None]
+
+    def matrix(self, weight: Floats) -> Floats:
+        """(1, out, in)."""
+        return self.alpha * (weight if self.stored else weight.T)[None]
+
+    def tensor(self, matrix: Floats, shape: Sequence[int]) -> Floats:
+        """(in, out), or as stored."""
+        return (matrix[0] if self.stored else matrix[0].T) / self.alpha
+
+
+def linear_matmul(
+    node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]
+) -> LinearMap | None:
+    """`…k, kn → …n`, the matrix constant."""
+    if len(w_shape) != 2 or len(x_shape) < 2:
+        return None
+    last = len(x_shape) - 1
+    return Product(node, x_axis=last, y_axis=last, bias=None)
+
+
+def linear_gemm(node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]) -> LinearMap | None:
+    """`α·A'·B' + C`, B constant. With β other than 1 the bias is not C itself: left alone."""
+    beta = node.attributes.get("beta")
+    alpha = node.attributes.get("alpha")
+    if beta is not None and beta.as_float() != 1.0:
+        return None
+    return Product(
+        node,
+        x_axis=0 if integer(node, "transA", 0) else 1,
+        y_axis=1,
+        bias=2,
+        stored=bool(integer(node, "transB", 0)),
+        alpha=1.0 if alpha is None else alpha.as_float(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """Conv and ConvTranspose, of any number of spatial axes.
+
+    Entry k of x[p] is (kernel position, channel of the group), the channel running fastest.
+
+    Attributes:
+        kernel, strides, dilations: per spatial axis.
+        transposed: whether the kernel spreads inputs rather than gathers them.
+    """
+
+    node: ir.Node
+    groups: int
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    transposed: bool
+    weight: int = 1
+    bias: int | None = 2
+    x_axis: int = 1
+    y_axis: int = 1
+
+    def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
+        """Patches, zeros where they reach beyond the input."""
+        spatial, sizes = shape[2:], x.shape[2:]
+        sample, *where = np.unravel_index(places, (shape[0], *spatial))
+        begins = self._begins(sizes, spatial)
+        offsets = np.indices(self.kernel).reshape(len(self.kernel), -1)  # (axes, kernel)
+        valid = np.ones((places.size, offsets.shape[1]), np.bool_)
+        index: list[Any] = [sample[:, None], slice(None)]
+        for axis, size in enumerate(sizes):
+            step, spread = self.strides[axis], self.dilations[axis] * offsets[axis]
+            if self.transposed:
+                ahead = where[axis][:, None] + begins[axis] - spread
+                position, beside = ahead // step, ahead % step
+                valid &= beside == 0
+            else:
+                position = where[axis][:, None] * step - begins[axis] + spread
+            valid &= (position >= 0) & (position < size)
+            index.append(np.clip(position, 0, size - 1))
+        patches = x[tuple(index)]  # (places, kernel, channels): the slice goes last
+        if not valid.all():
+            patches = patches * valid[..., None]
+        split = patches.reshape(*valid.shape, self.groups, -1)
+        rows: Floats = np.moveaxis(split, 2, 0).reshape(self.groups, places.size, -1)
+        return rows
+
+    def channels(self, size: int) -> npt.NDArray[np.int64]:
+        """Every channel of the group once per kernel position."""
+        per_group = np.arange(size).reshape(self.groups, -1)
+        return np.tile(per_group, (1, math.prod(self.kernel)))
+
+    def matrix(self, weight: Floats) -> Floats:
+        """From (g·o, c, k…) of Conv, (g·c, o, k…) of ConvTranspose."""
+        split = weight.reshape(self.groups, -1, weight.shape[1], math.prod(self.kernel))
+        # both become (group, out, kernel, channel)
+        order = (0, 2, 3, 1) if self.transposed else (0, 1, 3, 2)
+        return split.transpose(order).reshape(self.groups, split.shape[order[1]], -1)
+
+    def tensor(self, matrix: Floats, shape: Sequence[int]) -> Floats:
+        """Back to the operator's layout."""
+        split = matrix.reshape(*matrix.shape[:2], math.prod(self.kernel), -1)
+        order = (0, 3, 1, 2) if self.transposed else (0, 1, 3, 2)
+        return split.transpose(order).reshape(shape)
+
+    def _begins(self, sizes: Sequence[int], spatial: Sequence[int]) -> list[int]:
+        """Padding before each spatial axis."""
+        mode = text(self.node, "auto_pad", "NOTSET")
+        rank = len(self.kernel)
+        if mode in ("NOTSET", ""):
+            return (integers(self.node, "pads") or [0] * rank)[:rank]
+        if mode == "VALID":
+            return [0] * rank
+        begins = []
+        for axis in range(rank):
+            reach = self.dilations[axis] * (self.kernel[axis] - 1) + 1
+            small, large = sizes[axis], spatial[axis]
+            if not self.transposed:
+                small, large = large, small
+            total = max((small - 1) * self.strides[axis] + reach - large, 0)
+            begins.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
+        return begins
+
+
+def linear_conv(node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]) -> LinearMap | None:
+    """Gathers."""
+    return _convolution(node, w_shape, transposed=False)
+
+
+def linear_conv_transpose(
+    node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]
+) -> LinearMap | None:
+    """Spreads. An explicit output_shape moves the padding: left alone."""
+    if "output_shape" in node.attributes:
+        return None
+    return _convolution(node, w_shape, transposed=True)
+
+
+def _convolution(node: ir.Node, w_shape: Sequence[int], *, transposed: bool) -> LinearMap:
+    kernel = tuple(w_shape[2:])
+    ones = [1] * len(kernel)
+    return Convolution(
+        node,
+        groups=integer(node, "group", 1),
+        kernel=kernel,
+        strides=tuple(integers(node, "strides") or ones),
+        dilations=tuple(integers(node, "dilations") or ones),
+        transposed=transposed,
+    )
