@@ -75,7 +75,9 @@ def _top1(images: np.ndarray, labels: np.ndarray, name: str, run: Run, batch: in
 def _cifar(images: np.ndarray) -> np.ndarray:
     mean = np.array([0.485, 0.456, 0.406], np.float32)
     std = np.array([0.229, 0.224, 0.225], np.float32)
-    return np.ascontiguousarray(((images.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(
+        ((images.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+    )
 
 
 def _cifar_calibration() -> Feeds:
@@ -197,7 +199,9 @@ def _minilm_score(run: Run) -> float:
 
 
 def _ocr(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(((images.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2))
+    return np.ascontiguousarray(
+        ((images.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)
+    )
 
 
 def _ocr_calibration() -> Feeds:
@@ -250,8 +254,22 @@ def _chargpt_score(run: Run) -> float:
 
 
 TASKS = (
-    Task("resnet56", "cifar10/resnet56.onnx", _cifar_calibration, _cifar_score, "top-1", (0.922, 0.912)),
-    Task("resnet20", "cifar10/resnet20.onnx", _cifar_calibration, _cifar_score, "top-1", (0.905, 0.880)),
+    Task(
+        "resnet56",
+        "cifar10/resnet56.onnx",
+        _cifar_calibration,
+        _cifar_score,
+        "top-1",
+        (0.922, 0.912),
+    ),
+    Task(
+        "resnet20",
+        "cifar10/resnet20.onnx",
+        _cifar_calibration,
+        _cifar_score,
+        "top-1",
+        (0.905, 0.880),
+    ),
     Task(
         "efficientnet_lite0",
         "imagenet/efficientnet_lite0.onnx",
@@ -285,5 +303,12 @@ TASKS = (
         "exact",
         (0.97, 0.90),
     ),
-    Task("chargpt", "chargpt/chargpt.onnx", _chargpt_calibration, _chargpt_score, "loss", (2.00, 2.08)),
+    Task(
+        "chargpt",
+        "chargpt/chargpt.onnx",
+        _chargpt_calibration,
+        _chargpt_score,
+        "loss",
+        (2.00, 2.08),
+    ),
 )

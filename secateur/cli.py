@@ -148,7 +148,7 @@ def prune(
     ] = None,
     criterion: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="l1, l2, random, bn_scale or activation."),
+        typer.Option(metavar="NAME", help="How units are ranked; see docs/guide.md."),
     ] = None,
     calibration: Annotated[
         pathlib.Path | None,
@@ -156,7 +156,7 @@ def prune(
     ] = None,
     repair: Annotated[
         bool | None,
-        typer.Option("--repair/--no-repair", help="Refit what consumes the channels that went."),
+        typer.Option("--repair/--no-repair", help="Refit what is left (with --calibration)."),
     ] = None,
     granularity: Granularity = None,
     grouped: Annotated[
@@ -164,7 +164,8 @@ def prune(
         typer.Option(metavar="auto|whole|balanced", help="What layers with groups lose."),
     ] = None,
     scope: Annotated[
-        str | None, typer.Option(metavar="local|global", help="Rank per group, or over all.")
+        str | None,
+        typer.Option(metavar="local|global|measured", help="How much each group gives up."),
     ] = None,
     ignore: Ignore = None,
     round_to: Annotated[

@@ -12,9 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import Code, refuse
 
 TARGETS = ("channels", "params", "macs")
-Criterion = Literal["l1", "l2", "random", "bn_scale", "activation"]
+BUDGETS = ("macs", "params")  # what a target can count of the whole model
+Criterion = Literal["l1", "l2", "random", "bn_scale", "activation", "reconstruction"]
 Granularity = Literal["channel", "head", "head_dim"]
 Grouped = Literal["auto", "whole", "balanced"]
+
+Scope = Literal["local", "global", "measured"]
 
 
 class Recipe(BaseModel):
@@ -24,32 +27,37 @@ class Recipe(BaseModel):
         target: what is *kept*, as fractions of the original in (0, 1]: `channels` (of every
             group; of all units together with `scope="global"`), `params`, `macs`. Each is met
             from below, as closely as one unit or rounding step allows. Several: all hold.
-        criterion: how units are ranked. `activation` needs calibration data.
+        criterion: how units are ranked. `activation` and `reconstruction` need calibration data.
+            None: `reconstruction` with calibration data, else `l2`.
         granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
             dimensions of every attention head instead of whole heads.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
-        scope: `local` takes the same share of every group; `global` ranks all units together.
+        scope: `local` takes the same share of every group; `global` ranks all units together;
+            `measured` takes from each group what the outputs miss least, by trial cuts on
+            calibration data. None: `measured` with calibration data and a budget (`macs`,
+            `params`), else `local`.
         ignore: globs over node and initializer names whose channels must all stay.
         round_to: kept channel counts become multiples of this (where anything is cut). Not
             given: `channels` is met to the unit, and budgets take multiples of 8 in groups of 64
             and more, of 4 from 16 on. ONNX Runtime's convolutions fall to a path several times
             slower at other counts, and a budget leaves the choice open.
-        repair: refit the consumers of what was cut (not available yet: must be false).
+        repair: refit what is left, layer by layer, to give the original's values on calibration
+            data. None: with calibration data.
         seed: of everything random. Same input, recipe, seed and version: same bytes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: dict[str, float] = Field(default_factory=lambda: {"channels": 0.5})
-    criterion: Criterion = "l2"
+    criterion: Criterion | None = None
     granularity: tuple[Granularity, ...] = Field(default=("channel", "head"), min_length=1)
     grouped: Grouped = "auto"
-    scope: Literal["local", "global"] = "local"
+    scope: Scope | None = None
     ignore: tuple[str, ...] = ()
     round_to: int | None = Field(default=None, ge=1, le=1024)
-    repair: Literal[False] = False
+    repair: bool | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @pydantic.field_validator("target")
@@ -93,6 +101,40 @@ class Recipe(BaseModel):
                 hint="Prune twice: the result of one is a model for the other.",
             )
         return kinds
+
+    def settled(self, calibrated: bool) -> Recipe:
+        """The same recipe with every choice made that was left open.
+
+        Args:
+            calibrated: whether there are calibration data.
+
+        Raises:
+            Refused: `INVALID_CALIBRATION` when something was asked for that needs them and there
+                are none, `INVALID_RECIPE` for measured scope without a budget.
+        """
+        budget = "channels" not in self.target
+        chosen = {
+            "criterion": self.criterion or ("reconstruction" if calibrated else "l2"),
+            "scope": self.scope or ("measured" if calibrated and budget else "local"),
+            "repair": calibrated if self.repair is None else self.repair,
+        }
+        for field, needs in (("scope", "measured"), ("repair", True)):
+            if chosen[field] == needs and not calibrated:
+                raise refuse(
+                    Code.INVALID_CALIBRATION,
+                    f"{field}={str(needs).lower()} needs calibration data",
+                    expected="--calibration PATH",
+                    found="none",
+                    hint="Give a few hundred unlabelled samples, or leave it out.",
+                )
+        if chosen["scope"] == "measured" and not budget:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "scope=measured divides a budget, and channels=… says the share of every group",
+                expected=f"a target among {', '.join(BUDGETS)}",
+                found=", ".join(self.target),
+            )
+        return self.model_copy(update=chosen)
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Recipe:

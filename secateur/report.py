@@ -16,6 +16,7 @@ class Stage(enum.StrEnum):
     CRITERIA = "CRITERIA"
     PLANNING = "PLANNING"
     SURGERY = "SURGERY"
+    REPAIR = "REPAIR"
     VERIFY = "VERIFY"
     PROFILE = "PROFILE"
 
@@ -71,12 +72,15 @@ class Drift(_Value):
         cosine: cosine similarity of the flattened outputs.
         top1_agreement: share of positions with the same argmax along the last axis; absent for
             outputs with fewer than two entries there.
+        kl: mean Kullback-Leibler divergence Σ p·ln(p/q) of the result q from the original p, in
+            nats; absent where the output is not a distribution along the last axis.
     """
 
     output: str
     relative_error: float
     cosine: float
     top1_agreement: float | None = None
+    kl: float | None = None
 
 
 class Verification(_Value):
@@ -85,12 +89,14 @@ class Verification(_Value):
     Attributes:
         samples: input sets run (calibration samples, or random ones when none were given).
         from_calibration: whether those were calibration samples.
+        held_back: whether they are samples that nothing was fitted or measured on.
         batch_sizes: batch sizes that ran; one entry when the batch is fixed.
         drift: one entry per floating-point output.
     """
 
     samples: int
     from_calibration: bool
+    held_back: bool = False
     batch_sizes: tuple[int, ...]
     drift: tuple[Drift, ...]
 
@@ -139,12 +145,47 @@ class Frozen(_Value):
     channels: int
 
 
+class RepairStep(_Value):
+    """One refit.
+
+    Attributes:
+        node: whose weight and bias were refitted, or kept where no fit helped.
+        error_before, error_after: E‖y − ŷ‖² / Var(y) of the node's output on calibration batches
+            that its fit did not see.
+    """
+
+    node: str
+    error_before: float
+    error_after: float
+
+
+class Sensitivity(_Value):
+    """What a cut of one group alone does to the outputs, after its consumers are compensated.
+
+    Attributes:
+        group: its id.
+        removed: numbers of units that went, the least important ones.
+        drift: Σ‖y′ − y‖² / Σ‖y − ȳ‖² over the outputs, at each of them.
+    """
+
+    group: str
+    removed: tuple[int, ...]
+    drift: tuple[float, ...]
+
+
 class Inspection(_Value):
-    """What can go, what must stay and why."""
+    """What can go, what must stay and why.
+
+    Attributes:
+        groups, frozen: what can go, and reasons for which the rest stays.
+        cost: of the model.
+        sensitivity: of each group that was tried, where calibration data were given.
+    """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     cost: Cost
+    sensitivity: tuple[Sensitivity, ...] = ()
 
 
 class Report(_Value):
@@ -154,6 +195,8 @@ class Report(_Value):
         before, after: cost of the original and of the result.
         groups: every prunable group, with how much of it was kept.
         frozen: reasons for which channels stayed.
+        sensitivity: of each group that was tried, where the scope was measured.
+        repair: every refit, in graph order; empty without repair.
         verification: what ONNX Runtime said.
         warnings: things a person should know, such as a result that is slower.
         seconds: wall time of each stage.
@@ -163,6 +206,8 @@ class Report(_Value):
     after: Cost
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
+    sensitivity: tuple[Sensitivity, ...] = ()
+    repair: tuple[RepairStep, ...] = ()
     verification: Verification
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float]

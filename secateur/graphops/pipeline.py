@@ -9,7 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,12 +17,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from secateur.graphops.calibration import (
-    Calibration,
     CalibrationSource,
     Feeds,
+    Samples,
     open_calibration,
-    sample_count,
 )
+from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
@@ -30,12 +30,15 @@ from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.model.writing import Serialised, serialise
-from secateur.graphops.planning import cost, planner, replay
+from secateur.graphops.planning import cost, planner, replay, sensitivity
+from secateur.graphops.planning.sensitivity import Curve
+from secateur.graphops.planning.steps import Mask, Scores
 from secateur.graphops.profile import measure
+from secateur.graphops.repair.repair import repair
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.examples import example_feeds
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.verify.runtime import one_blas_thread, open_session
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import (
@@ -47,7 +50,9 @@ from secateur.report import (
     Profile,
     Progress,
     ProgressCallback,
+    RepairStep,
     Report,
+    Sensitivity,
     Stage,
 )
 from secateur.result import Result
@@ -57,12 +62,12 @@ _BEGINS = {
     Stage.LOAD: 0.0,
     Stage.COUPLING: 0.1,
     Stage.CRITERIA: 0.2,
-    Stage.PLANNING: 0.4,
-    Stage.SURGERY: 0.5,
-    Stage.VERIFY: 0.6,
-    Stage.PROFILE: 0.8,
+    Stage.PLANNING: 0.35,
+    Stage.SURGERY: 0.6,
+    Stage.REPAIR: 0.65,
+    Stage.VERIFY: 0.9,
+    Stage.PROFILE: 0.95,
 }
-_CALIBRATION_SAMPLES = 256  # at most that many are run for verification
 _LATENCY_SECONDS = 0.4
 # Sessions of larger models are opened one at a time: ONNX Runtime takes up to three times a
 # model's size for its weights in their blocked layouts.
@@ -86,6 +91,13 @@ class _Clock:
         yield
         self.seconds[stage.value] = round(time.perf_counter() - start, 4)
 
+    def tell(self, stage: Stage, share: float) -> None:
+        """Progress inside a stage."""
+        if self.progress is not None:
+            ends = min([begin for begin in _BEGINS.values() if begin > _BEGINS[stage]], default=1.0)
+            fraction = _BEGINS[stage] + share * (ends - _BEGINS[stage])
+            self.progress(Progress(stage=stage, fraction=round(fraction, 4)))
+
     def done(self) -> None:
         if self.progress is not None:
             self.progress(Progress(stage=Stage.PROFILE, fraction=1.0, message="done"))
@@ -98,7 +110,6 @@ class _Analysed:
     opened: OpenedModel
     copies: dict[str, str]
     coupling: Coupling
-    calibration: Calibration | None
     params: int
 
     @property
@@ -146,7 +157,7 @@ def prune(
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
         samples = checks.run_original(done.source, done.feeds, calibration is not None)
-        verification = checks.verify(done.serialised.runnable, samples)
+        verification = checks.verify(done.serialised.runnable, samples, done.held_back)
         del samples
     with clock.stage(Stage.PROFILE, "timing original and result in turns"):
         if measure_latency:
@@ -159,6 +170,8 @@ def prune(
         after=after,
         groups=done.groups,
         frozen=done.frozen,
+        sensitivity=done.sensitivity,
+        repair=done.repair,
         verification=verification,
         warnings=_warnings(before, after),
         seconds=clock.seconds,
@@ -177,7 +190,10 @@ class _Done:
     after: Cost
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
-    feeds: list[Feeds]
+    sensitivity: tuple[Sensitivity, ...]
+    repair: tuple[RepairStep, ...]
+    feeds: Sequence[Feeds]
+    held_back: bool
     sample: Feeds
 
 
@@ -193,35 +209,96 @@ def _cut(
     with clock.stage(Stage.LOAD, "opening the model"):
         opened = opener(model)
         data = None if calibration is None else open_calibration(calibration, opened.model.graph)
+        samples = None if data is None else data.draw()
+    recipe_asked, recipe = recipe, recipe.settled(data is not None)
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
-        analysed = _analyse(opened, data, recipe)
-    coupling = analysed.coupling
-    scores = np.zeros(coupling.count + 1, np.float64)
-    with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
-        if plan is None and coupling.groups:
-            context = Context(opened.model, coupling, data, recipe.seed)
-            scores = CRITERIA[recipe.criterion](context)
-    with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
-        if plan is None:
-            keep = planner.choose(coupling, scores, recipe, analysed.params)
-        else:
-            keep = replay.units_kept(plan, coupling, analysed.copies, opened.sha256)
-    with clock.stage(Stage.SURGERY, f"{int((~keep).sum())} units go"):
-        pruned, kept = cut(opened.model, coupling, keep, analysed.copies)
-        serialised = serialise(pruned)
-        params = cost.count_params(pruned)
-    feeds = _feeds(analysed)
-    macs = cost.macs(coupling)
+        analysed = _analyse(opened, samples, recipe)
+    with one_blas_thread():
+        decision = _decide(analysed, recipe, samples, plan, clock)
+        with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):
+            pruned, kept = cut(opened.model, analysed.coupling, decision.keep, analysed.copies)
+        steps: tuple[RepairStep, ...] = ()
+        if recipe.repair and decision.observed is not None:
+            with clock.stage(Stage.REPAIR, "refitting what is left"):
+                tell = functools.partial(clock.tell, Stage.REPAIR)
+                steps = repair(pruned, decision.observed, decision.keep, recipe.seed, tell)
+    serialised = serialise(pruned)
+    feeds = _examples(analysed) if samples is None else samples.judged
+    macs = cost.macs(analysed.coupling)
     return _Done(
         source=_runnable(model, opened),
         serialised=serialised,
-        plan=Plan(source=opened.sha256, recipe=recipe, kept=kept),
-        before=Cost(macs=macs.of(np.ones_like(keep)), params=analysed.params, bytes=opened.size),
-        after=Cost(macs=macs.of(keep), params=params, bytes=serialised.size),
-        groups=tuple(_group(group, keep) for group in coupling.groups),
-        frozen=_frozen(coupling),
+        plan=Plan(source=opened.sha256, recipe=recipe_asked, kept=kept),
+        before=Cost(
+            macs=macs.of(np.ones_like(decision.keep)), params=analysed.params, bytes=opened.size
+        ),
+        after=Cost(
+            macs=macs.of(decision.keep), params=cost.count_params(pruned), bytes=serialised.size
+        ),
+        groups=tuple(_group(group, decision.keep) for group in analysed.coupling.groups),
+        frozen=_frozen(analysed.coupling),
+        sensitivity=_sensitivities(analysed.coupling, decision.curves or {}),
+        repair=steps,
         feeds=feeds,
+        held_back=samples is not None and samples.held_back,
         sample=_one_sample(analysed, feeds[0]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """What stays, and what was seen on the way to it."""
+
+    keep: Mask
+    observed: Observed | None
+    curves: Mapping[int, Curve] | None = None
+
+
+def _decide(
+    analysed: _Analysed, recipe: Recipe, samples: Samples | None, plan: Plan | None, clock: _Clock
+) -> _Decision:
+    """Scores, measures and plans; or reads a plan."""
+    coupling, observed = analysed.coupling, None
+    if samples is not None:
+        tell = functools.partial(clock.tell, Stage.CRITERIA)
+        observed = Observed(analysed.opened.model, coupling, samples.seen, recipe.seed, tell)
+    if plan is not None:
+        with clock.stage(Stage.PLANNING, "replaying a plan"):
+            keep = replay.units_kept(plan, coupling, analysed.copies, analysed.opened.sha256)
+        return _Decision(keep, observed)
+    scores = np.zeros(coupling.count + 1, np.float64)
+    with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
+        if coupling.groups:
+            context = Context(analysed.opened.model, coupling, observed, recipe.seed)
+            scores = CRITERIA[recipe.criterion or "l2"](context)
+    curves = None
+    with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
+        if recipe.scope == "measured" and observed is not None:
+            curves = _measure(analysed, observed, scores, recipe, clock)
+        keep = planner.choose(coupling, scores, recipe, analysed.params, curves)
+    return _Decision(keep, observed, curves)
+
+
+def _measure(
+    analysed: _Analysed, observed: Observed, scores: Scores, recipe: Recipe, clock: _Clock
+) -> Mapping[int, Curve]:
+    """Trial cuts of the groups that may go, those that cost most first."""
+    macs, count = cost.macs(analysed.coupling), analysed.coupling.count + 1
+    saved = {}
+    for index, group in enumerate(analysed.coupling.groups):
+        if group.kind in recipe.granularity and group.units.size > 1:
+            keep = np.ones(count, np.bool_)
+            keep[group.units] = False
+            saved[index] = macs.of(keep)
+    order = sorted(saved, key=lambda index: (saved[index], index))
+    tell = functools.partial(clock.tell, Stage.PLANNING)
+    return sensitivity.measure(observed, scores, order, analysed.copies, tell)
+
+
+def _sensitivities(coupling: Coupling, curves: Mapping[int, Curve]) -> tuple[Sensitivity, ...]:
+    return tuple(
+        Sensitivity(group=coupling.groups[index].id, removed=curve.gone, drift=curve.drift)
+        for index, curve in sorted(curves.items())
     )
 
 
@@ -246,28 +323,43 @@ def inspect(
     model: ModelSource,
     recipe: Recipe | None = None,
     *,
+    calibration: CalibrationSource | None = None,
+    progress: ProgressCallback | None = None,
     external_data: bool = True,
     max_nodes: int | None = None,
 ) -> Inspection:
-    """What can be cut from a model, what must stay, and why. Nothing is run.
+    """What can be cut from a model, what must stay, and why.
 
     Args:
         model: as for `prune`.
-        recipe: its `ignore` is honoured.
-        external_data, max_nodes: as for `prune`.
+        recipe: what it ignores, and which kinds may go.
+        calibration: as for `prune`; with it, what a cut of each group does to the outputs is
+            measured. Without it nothing is run.
+        progress, external_data, max_nodes: as for `prune`.
 
     Raises:
         Refused: the model cannot be opened, or an ignore glob matches nothing.
     """
+    clock = _Clock(progress)
     opened = open_model(model, external_data=external_data, max_nodes=max_nodes)
-    analysed = _analyse(opened, None, recipe or Recipe())
+    samples = None
+    if calibration is not None:
+        samples = open_calibration(calibration, opened.model.graph).draw()
+    recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
+    recipe = recipe.settled(samples is not None)
+    analysed = _analyse(opened, samples, recipe)
     keep = np.ones(analysed.coupling.count + 1, np.bool_)
+    curves: Mapping[int, Curve] = {}
+    if samples is not None:
+        with one_blas_thread():
+            curves = _decide(analysed, recipe, samples, None, clock).curves or {}
     return Inspection(
         groups=tuple(_group(group, keep) for group in analysed.coupling.groups),
         frozen=_frozen(analysed.coupling),
         cost=Cost(
             macs=cost.macs(analysed.coupling).of(keep), params=analysed.params, bytes=opened.size
         ),
+        sensitivity=_sensitivities(analysed.coupling, curves),
     )
 
 
@@ -347,28 +439,19 @@ class _Measured:
             return memory_meter(path, str(feeds))
 
 
-def _analyse(opened: OpenedModel, data: Calibration | None, recipe: Recipe) -> _Analysed:
+def _analyse(opened: OpenedModel, samples: Samples | None, recipe: Recipe) -> _Analysed:
     params = cost.count_params(opened.model)
     copies = dict(unshare(opened.model))
     given = None
-    if data is not None:
-        first = next(iter(data.batches()))
-        given = {name: array.shape for name, array in first.items()}
+    if samples is not None:
+        given = {name: array.shape for name, array in samples.seen[0].items()}
     shapes = infer_shapes(opened.model, given)
     coupling = couple(opened.model, shapes, recipe)
-    return _Analysed(opened, copies, coupling, data, params)
+    return _Analysed(opened, copies, coupling, params)
 
 
-def _feeds(analysed: _Analysed) -> list[Feeds]:
-    """What verification runs: calibration samples, or random inputs of two batch sizes."""
-    if analysed.calibration is not None:
-        feeds, samples = [], 0
-        for batch in analysed.calibration.batches():
-            feeds.append(batch)
-            samples += sample_count(batch)
-            if samples >= _CALIBRATION_SAMPLES:
-                break
-        return feeds
+def _examples(analysed: _Analysed) -> list[Feeds]:
+    """Random inputs of two batch sizes, for want of calibration data."""
     shapes = analysed.coupling.shapes
     feeds = [example_feeds(analysed.graph, shapes, seed=0)]
     if any(first != second for first, second in shapes.inputs.values()):
@@ -394,7 +477,7 @@ def _runnable(model: ModelSource, opened: OpenedModel) -> bytes | str:
     return serialise(opened.model).runnable
 
 
-def _group(group: UnitGroup, keep: planner.Mask) -> Group:
+def _group(group: UnitGroup, keep: Mask) -> Group:
     return Group(
         id=group.id,
         kind=group.kind,

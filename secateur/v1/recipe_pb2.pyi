@@ -15,6 +15,7 @@ class Criterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CRITERION_RANDOM: _ClassVar[Criterion]
     CRITERION_BN_SCALE: _ClassVar[Criterion]
     CRITERION_ACTIVATION: _ClassVar[Criterion]
+    CRITERION_RECONSTRUCTION: _ClassVar[Criterion]
 
 class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,12 +36,14 @@ class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCOPE_UNSPECIFIED: _ClassVar[Scope]
     SCOPE_LOCAL: _ClassVar[Scope]
     SCOPE_GLOBAL: _ClassVar[Scope]
+    SCOPE_MEASURED: _ClassVar[Scope]
 CRITERION_UNSPECIFIED: Criterion
 CRITERION_L1: Criterion
 CRITERION_L2: Criterion
 CRITERION_RANDOM: Criterion
 CRITERION_BN_SCALE: Criterion
 CRITERION_ACTIVATION: Criterion
+CRITERION_RECONSTRUCTION: Criterion
 GRANULARITY_UNSPECIFIED: Granularity
 GRANULARITY_CHANNEL: Granularity
 GRANULARITY_HEAD: Granularity
@@ -52,6 +55,7 @@ GROUPED_BALANCED: Grouped
 SCOPE_UNSPECIFIED: Scope
 SCOPE_LOCAL: Scope
 SCOPE_GLOBAL: Scope
+SCOPE_MEASURED: Scope
 
 class Recipe(_message.Message):
     __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped")

@@ -17,6 +17,7 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_SURGERY: _ClassVar[Stage]
     STAGE_VERIFY: _ClassVar[Stage]
     STAGE_PROFILE: _ClassVar[Stage]
+    STAGE_REPAIR: _ClassVar[Stage]
 STAGE_UNSPECIFIED: Stage
 STAGE_LOAD: Stage
 STAGE_COUPLING: Stage
@@ -25,6 +26,7 @@ STAGE_PLANNING: Stage
 STAGE_SURGERY: Stage
 STAGE_VERIFY: Stage
 STAGE_PROFILE: Stage
+STAGE_REPAIR: Stage
 
 class Progress(_message.Message):
     __slots__ = ("stage", "fraction", "message")
@@ -61,28 +63,32 @@ class Cost(_message.Message):
     def __init__(self, macs: _Optional[int] = ..., params: _Optional[int] = ..., bytes: _Optional[int] = ..., latency: _Optional[_Union[Latency, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Drift(_message.Message):
-    __slots__ = ("output", "relative_error", "cosine", "top1_agreement")
+    __slots__ = ("output", "relative_error", "cosine", "top1_agreement", "kl")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
     COSINE_FIELD_NUMBER: _ClassVar[int]
     TOP1_AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
     output: str
     relative_error: float
     cosine: float
     top1_agreement: float
-    def __init__(self, output: _Optional[str] = ..., relative_error: _Optional[float] = ..., cosine: _Optional[float] = ..., top1_agreement: _Optional[float] = ...) -> None: ...
+    kl: float
+    def __init__(self, output: _Optional[str] = ..., relative_error: _Optional[float] = ..., cosine: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., kl: _Optional[float] = ...) -> None: ...
 
 class Verification(_message.Message):
-    __slots__ = ("samples", "from_calibration", "batch_sizes", "drift")
+    __slots__ = ("samples", "from_calibration", "batch_sizes", "drift", "held_back")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     FROM_CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_FIELD_NUMBER: _ClassVar[int]
     samples: int
     from_calibration: bool
     batch_sizes: _containers.RepeatedScalarFieldContainer[int]
     drift: _containers.RepeatedCompositeFieldContainer[Drift]
-    def __init__(self, samples: _Optional[int] = ..., from_calibration: _Optional[bool] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
+    held_back: bool
+    def __init__(self, samples: _Optional[int] = ..., from_calibration: _Optional[bool] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ..., held_back: _Optional[bool] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("id", "kind", "units", "kept", "channels_per_unit", "tensors", "frozen", "normalised_by")
@@ -119,7 +125,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +140,8 @@ class Report(_message.Message):
     VERIFICATION_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SENSITIVITY_FIELD_NUMBER: _ClassVar[int]
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -141,17 +149,41 @@ class Report(_message.Message):
     verification: Verification
     warnings: _containers.RepeatedScalarFieldContainer[str]
     seconds: _containers.ScalarMap[str, float]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    sensitivity: _containers.RepeatedCompositeFieldContainer[Sensitivity]
+    repair: _containers.RepeatedCompositeFieldContainer[RepairStep]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ...) -> None: ...
+
+class RepairStep(_message.Message):
+    __slots__ = ("node", "error_before", "error_after")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_AFTER_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    error_before: float
+    error_after: float
+    def __init__(self, node: _Optional[str] = ..., error_before: _Optional[float] = ..., error_after: _Optional[float] = ...) -> None: ...
+
+class Sensitivity(_message.Message):
+    __slots__ = ("group", "removed", "drift")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    drift: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, group: _Optional[str] = ..., removed: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Inspection(_message.Message):
-    __slots__ = ("groups", "frozen", "cost")
+    __slots__ = ("groups", "frozen", "cost", "sensitivity")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
+    SENSITIVITY_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     frozen: _containers.RepeatedCompositeFieldContainer[Frozen]
     cost: Cost
-    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ...) -> None: ...
+    sensitivity: _containers.RepeatedCompositeFieldContainer[Sensitivity]
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ...) -> None: ...
 
 class Profile(_message.Message):
     __slots__ = ("model", "against", "latency_ratio", "drift")

@@ -111,6 +111,7 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
         scope="global",
         ignore=("*.bias", "logits"),
         round_to=4,
+        repair=False,
         seed=7,
     )
 

@@ -11,7 +11,7 @@ from laws import prune
 from nets import INT64, Net
 
 from secateur.errors import Code, Refusal, Refused
-from secateur.graphops.calibration import BATCH, open_calibration
+from secateur.graphops.calibration import open_calibration
 from secateur.graphops.model.opening import open_model
 
 
@@ -58,16 +58,38 @@ def test_arrays_a_file_and_a_folder_are_the_same_data(tmp_path: pathlib.Path) ->
     assert all(result.report.verification.from_calibration for result in results)
 
 
-def test_batches_of_a_free_batch() -> None:
-    graph = open_model(model()).model.graph
-    sizes = [len(feeds["image"]) for feeds in open_calibration(arrays(70), graph).batches()]
-    assert sizes == [BATCH, BATCH, 70 - 2 * BATCH]
+def sizes(count: int, batch: int | str = "N") -> tuple[list[int], list[int]]:
+    """Sizes of the batches that statistics see, and of those that are kept back."""
+    samples = open_calibration(arrays(count), open_model(model(batch)).model.graph).draw()
+    return [len(feeds["image"]) for feeds in samples.seen], [
+        len(feeds["image"]) for feeds in samples.judged
+    ]
+
+
+def test_a_free_batch_is_small_enough_that_some_can_be_kept_back() -> None:
+    assert sizes(640) == ([32] * 18, [32] * 2)
+    assert sizes(70) == ([4] * 15 + [2], [4] * 2)
+    assert sizes(16) == ([1] * 14, [1] * 2)
+
+
+def test_too_few_samples_judge_themselves() -> None:
+    assert sizes(5) == ([1] * 5, [1] * 5)
+    assert not prune(model(), calibration=arrays(5)).report.verification.held_back
+    assert prune(model(), calibration=arrays(16)).report.verification.held_back
+
+
+def test_more_samples_than_are_run_are_thinned_out_evenly() -> None:
+    data = arrays(3000)
+    data["tokens"][:, 0] = np.arange(3000) % 11
+    data["image"][:, 0, 0, 0] = np.arange(3000)
+    samples = open_calibration(data, open_model(model()).model.graph).draw()
+    drawn = np.sort(np.concatenate([f["image"][:, 0, 0, 0] for f in samples.seen + samples.judged]))
+    assert drawn.size == 1024
+    assert set(np.diff(drawn)) <= {2, 3}
 
 
 def test_a_remainder_that_a_fixed_batch_cannot_take_is_left_out() -> None:
-    graph = open_model(model(2)).model.graph
-    sizes = [len(feeds["image"]) for feeds in open_calibration(arrays(5), graph).batches()]
-    assert sizes == [2, 2]
+    assert sizes(5, 2) == ([2, 2], [2, 2])
     assert prune(model(2), calibration=arrays(5)).report.verification.samples == 4
 
 

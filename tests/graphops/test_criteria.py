@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from secateur.errors import Code, Refused
 from secateur.graphops.calibration import open_calibration
+from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.opening import open_model
@@ -41,9 +42,13 @@ def model(norm: bool = True) -> bytes:
 def scores(source: bytes, criterion: str, calibration: Any = None, seed: int = 0) -> np.ndarray:
     """One score per output channel of the first convolution."""
     opened = open_model(source)
-    data = None if calibration is None else open_calibration(calibration, opened.model.graph)
     coupling = couple(opened.model, infer_shapes(opened.model))
-    found = CRITERIA[criterion](Context(opened.model, coupling, data, seed))
+    observed = None
+    if calibration is not None:
+        samples = open_calibration(calibration, opened.model.graph).draw()
+        batches = samples.seen + (samples.judged if samples.held_back else ())
+        observed = Observed(opened.model, coupling, batches, seed)
+    found = CRITERIA[criterion](Context(opened.model, coupling, observed, seed))
     return found[coupling.axes("first")[0]]
 
 

@@ -47,7 +47,7 @@ class Planned:
     def __init__(self, source: bytes, **fields: Any) -> None:
         analysis = Analysis.of(source)
         self.coupling = analysis.coupling
-        self.recipe = secateur.Recipe(round_to=fields.pop("round_to", 1), **fields)
+        self.recipe = secateur.Recipe(round_to=fields.pop("round_to", 1), **fields).settled(False)
         context = Context(analysis.model, self.coupling, None, self.recipe.seed)
         self.scores = CRITERIA[self.recipe.criterion](context)
         self.params = cost.count_params(analysis.model)

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from secateur import _wire, errors, operation, report
 from secateur.errors import Code, Refusal
-from secateur.recipe import Criterion, Granularity, Grouped, Recipe
+from secateur.recipe import Criterion, Granularity, Grouped, Recipe, Scope
 from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
@@ -26,7 +26,7 @@ FULL_COST = report.Cost(
     peak_memory_bytes=2**33,
 )
 DRIFT = (
-    report.Drift(output="y", relative_error=0.25, cosine=1.0, top1_agreement=0.0),
+    report.Drift(output="y", relative_error=0.25, cosine=1.0, top1_agreement=0.0, kl=0.0),
     report.Drift(output="z", relative_error=0.0, cosine=-1.0),
 )
 GROUP = report.Group(
@@ -34,8 +34,11 @@ GROUP = report.Group(
 )
 FROZEN = report.Frozen(code="NO_RULE", node="n", op_type="ai.onnx::TopK-11", detail="", channels=0)
 VERIFICATION = report.Verification(
-    samples=3, from_calibration=False, batch_sizes=(1, 3), drift=DRIFT
+    samples=3, from_calibration=False, held_back=True, batch_sizes=(1, 3), drift=DRIFT
 )
+
+SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
+STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (report.Progress(stage=report.Stage.LOAD, fraction=0.0), report_pb2.Progress),
@@ -47,13 +50,20 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (GROUP, report_pb2.Group),
     (FROZEN, report_pb2.Frozen),
     (VERIFICATION, report_pb2.Verification),
-    (report.Inspection(groups=(GROUP,), frozen=(FROZEN,), cost=COST), report_pb2.Inspection),
+    (SENSITIVITY, report_pb2.Sensitivity),
+    (STEP, report_pb2.RepairStep),
+    (
+        report.Inspection(groups=(GROUP,), frozen=(FROZEN,), cost=COST, sensitivity=(SENSITIVITY,)),
+        report_pb2.Inspection,
+    ),
     (
         report.Report(
             before=FULL_COST,
             after=COST,
             groups=(GROUP, GROUP),
             frozen=(),
+            sensitivity=(SENSITIVITY,),
+            repair=(STEP, STEP),
             verification=VERIFICATION,
             warnings=("slower",),
             seconds={"LOAD": 0.5, "VERIFY": 0.0},
@@ -106,7 +116,7 @@ def test_enums_have_the_same_values() -> None:
         (recipe_pb2.Criterion, "CRITERION_", Criterion),
         (recipe_pb2.Granularity, "GRANULARITY_", Granularity),
         (recipe_pb2.Grouped, "GROUPED_", Grouped),
-        (recipe_pb2.Scope, "SCOPE_", Recipe.model_fields["scope"].annotation),
+        (recipe_pb2.Scope, "SCOPE_", Scope),
     ):
         wanted = {name.upper() for name in typing.get_args(literal)}
         assert enum_names(enum, prefix) == wanted
@@ -153,7 +163,6 @@ def test_unset_recipe_fields_take_the_defaults() -> None:
         ({"target": {"macs": float("nan")}}, Code.INVALID_TARGET),
         ({"target": {"beauty": 0.5}}, Code.INVALID_TARGET),
         ({"round_to": 0}, Code.INVALID_RECIPE),
-        ({"repair": True}, Code.INVALID_RECIPE),
         ({"criterion": 99}, Code.INVALID_RECIPE),
         ({"granularity": [recipe_pb2.GRANULARITY_UNSPECIFIED]}, Code.INVALID_RECIPE),
         (

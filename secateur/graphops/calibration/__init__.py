@@ -5,6 +5,7 @@ from secateur.graphops.calibration.data import (
     Calibration,
     CalibrationSource,
     Feeds,
+    Samples,
     open_calibration,
     sample_count,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "Calibration",
     "CalibrationSource",
     "Feeds",
+    "Samples",
     "open_calibration",
     "sample_count",
 ]

@@ -6,7 +6,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,26 @@ Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 CalibrationSource = str | os.PathLike[str] | Mapping[str, Array]
 
-BATCH = 32
+BATCH = 32  # samples run together, where the model does not say
+MOST_SAMPLES = 1024  # more change nothing that can be seen
+MOST_BYTES = 512 << 20  # of samples in memory
+_BATCHES = 16  # to have at least, where the batch is free
+_BACK = 8  # every eighth is kept back for the evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What is run for criteria and repair, and what is kept back to judge the result.
+
+    Attributes:
+        seen: batches that statistics and fits are made of.
+        judged: batches that nothing but the verification runs.
+        held_back: whether those are others; false where there are too few.
+    """
+
+    seen: tuple[Feeds, ...]
+    judged: tuple[Feeds, ...]
+    held_back: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +57,50 @@ class Calibration:
     batch: int
     expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
 
-    def batches(self) -> Iterator[Feeds]:
-        """Feeds of at most `batch` samples, in order; a remainder that a fixed batch cannot
-        take is left out.
+    def draw(self) -> Samples:
+        """At most `MOST_SAMPLES` samples, and `MOST_BYTES`, spread evenly over all of them.
+
+        One part is in memory at a time; a remainder that a fixed batch cannot take is left out.
+        Where the batch is free there are enough batches for some to be kept back.
 
         Raises:
             Refused: `INVALID_CALIBRATION` when a part does not fit the inputs.
         """
-        for part in self.parts:
+        counts = [_count(part, self.expected) for part in self.parts]
+        total = sum(counts)
+        one = self._bytes_of_one()
+        most = min(total, MOST_SAMPLES, max(MOST_BYTES // max(one, 1), 1))
+        wanted = np.unique(np.linspace(0, total - 1, most).round().astype(np.int64))
+        size = self.batch if self._is_fixed() else min(self.batch, max(most // _BATCHES, 1))
+        batches: list[Feeds] = []
+        for part, count, start in zip(self.parts, counts, np.cumsum([0, *counts]), strict=False):
+            mine = wanted[(wanted >= start) & (wanted < start + count)] - start
+            if not mine.size:
+                continue
             arrays = _read(part) if isinstance(part, pathlib.Path) else part
-            count = _check(
-                arrays, self.expected, part.name if isinstance(part, pathlib.Path) else ""
-            )
-            for start in range(0, count, self.batch):
-                stop = min(start + self.batch, count)
-                if stop - start < self.batch and self._is_fixed():
+            _check(arrays, self.expected, part.name if isinstance(part, pathlib.Path) else "")
+            for first in range(0, mine.size, size):
+                chosen = mine[first : first + size]
+                if chosen.size < size and self._is_fixed():
                     break
-                yield {
-                    # A scalar (a sample rate) is the same for every sample.
-                    name: arrays[name][start:stop] if arrays[name].ndim else arrays[name]
-                    for name in self.expected
-                }
+                batches.append(
+                    {
+                        name: arrays[name][chosen] if arrays[name].ndim else arrays[name]
+                        for name in self.expected
+                    }
+                )
+        judged = [batch for place, batch in enumerate(batches) if place % _BACK == _BACK - 1]
+        if not judged:
+            return Samples(tuple(batches), tuple(batches), held_back=False)
+        seen = [batch for place, batch in enumerate(batches) if place % _BACK != _BACK - 1]
+        return Samples(tuple(seen), tuple(judged), held_back=True)
+
+    def _bytes_of_one(self) -> int:
+        """Of one sample of the first part."""
+        first = self.parts[0]
+        arrays = _read(first) if isinstance(first, pathlib.Path) else first
+        chosen = [arrays[name] for name in self.expected]
+        return sum(a.nbytes // a.shape[0] if a.ndim else a.nbytes for a in chosen)
 
     def _is_fixed(self) -> bool:
         return any(shape and shape[0] is not None for _, shape in self.expected.values())
@@ -123,6 +165,30 @@ def _read(path: pathlib.Path) -> dict[str, Array]:
             f"calibration file {path.name} cannot be read: {error}",
             expected="an .npz file with one array per model input, samples along axis 0",
         ) from None
+
+
+def _count(
+    part: Mapping[str, Array] | pathlib.Path,
+    expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]],
+) -> int:
+    """Samples in a part; of a file, the headers are read and no array."""
+    if isinstance(part, Mapping):
+        return sample_count({name: part[name] for name in expected})
+    try:
+        with zipfile.ZipFile(part) as archive:
+            for name in expected:
+                with archive.open(f"{name}.npy") as member:
+                    version = np.lib.format.read_magic(member)
+                    header = np.lib.format.read_array_header_1_0
+                    if version != (1, 0):
+                        header = np.lib.format.read_array_header_2_0
+                    shape = header(member)[0]
+                if shape:
+                    return int(shape[0])
+    except (KeyError, *_UNREADABLE):
+        _check(_read(part), expected, part.name)  # says what is wrong with it
+        raise
+    return 1
 
 
 def _check(

@@ -8,7 +8,7 @@ takes the memory of one batch and of the moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops import rules
-from secateur.graphops.calibration.data import Calibration
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.model.shapes import Shapes, constant_of
 from secateur.graphops.rules.linear import LinearMap
@@ -25,20 +24,22 @@ Matrix = npt.NDArray[np.float64]
 
 # Entries of x beyond which a matrix of second moments is too large to hold and to factor.
 WIDEST = 6144
-_PER_PASS = 768 << 20  # bytes of tensors that leave ONNX Runtime in one run
-_HELD = 2 << 30  # bytes of moments held at once
-# Rows per entry of x; fewer leave the moments singular, more change nothing that can be seen.
+# Rows: as many as this many multiply-accumulates allow (a fifth of a second on one core), but
+# enough for the number of entries, and no more than can be told apart.
+_WORK = 1.2e10
 _ROWS_PER_ENTRY = 12
-_LEAST_ROWS = 8192
 _MOST_ROWS = 65536
 _FITTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 def gram(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Σ x xᵀ, shape (groups, k, k), of rows (groups, places, k)."""
+    product: npt.NDArray[np.float32]
     if rows.shape[0] > 1:
-        return np.matmul(rows.transpose(0, 2, 1), rows)
-    return (rows[0].T @ rows[0])[None]  # NumPy sees that it is symmetric: half the work
+        product = np.matmul(rows.transpose(0, 2, 1), rows)
+    else:
+        product = (rows[0].T @ rows[0])[None]  # NumPy sees that it is symmetric: half the work
+    return product
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ def weight_of(view: LinearMap) -> Matrix:
     """W in float64, shape (groups, out / groups, k)."""
     tensor = tensor_of(view)
     assert tensor is not None
-    return view.matrix(tensor.numpy().astype(np.float64))
+    return view.matrix(tensor.numpy()).astype(np.float64)
 
 
 def width(view: LinearMap) -> int:
@@ -128,7 +129,7 @@ def sample_places(
         entries: of x.
         generator: draws them where there are more than are needed.
     """
-    rows = min(max(_ROWS_PER_ENTRY * entries, _LEAST_ROWS), _MOST_ROWS)
+    rows = max(min(int(_WORK / entries**2), _MOST_ROWS), _ROWS_PER_ENTRY * entries)
     wanted = -(-rows // batches)
     if positions <= wanted:
         return np.arange(positions)
@@ -140,8 +141,8 @@ def collect(
     views: Sequence[LinearMap],
     seed: int,
     progress: Callable[[float], None] = lambda share: None,
-) -> dict[ir.Node, Moments]:
-    """Moments of x of each node. Nodes that read the same, the same way, share them.
+) -> dict[str, Moments]:
+    """Moments of x of each node, by the name of its output; of those that read the same, once.
 
     Args:
         network: standing at its beginning.
@@ -149,13 +150,13 @@ def collect(
         seed: of the positions.
         progress: told the share that is done.
     """
-    found: dict[ir.Node, Moments] = {}
+    found: dict[str, Moments] = {}
     shared: dict[object, Moments] = {}
     for place, view in enumerate(views):
         key = _reading(view)
         if key not in shared:
             shared[key] = _of_one(network, view, seed + place)
-        found[view.node] = shared[key]
+        found[str(view.node.outputs[0].name)] = shared[key]
         progress((place + 1) / len(views))
     return found
 
@@ -174,7 +175,7 @@ def _reading(view: LinearMap) -> object:
 def _of_one(network: Network, view: LinearMap, seed: int) -> Moments:
     network.advance(view.node)
     x, y = str(view.node.inputs[0].name), str(view.node.outputs[0].name)  # type: ignore[union-attr]
-    piece = network.session([x, y])
+    piece = network.piece([x, y])
     generator = np.random.default_rng(seed)
     entries = width(view)
     moments = Moments.zeros(view.groups, entries)

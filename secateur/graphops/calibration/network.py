@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from secateur.graphops.calibration.data import Array, Feeds
+from secateur.graphops.model.opening import release
 from secateur.graphops.model.shapes import bodies
 from secateur.graphops.verify.runtime import open_session
 
@@ -37,8 +38,7 @@ class Network:
         self._model = model
         self._nodes = list(model.graph)
         self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._reads = [read_by(node) for node in self._nodes]
-        self._last_use = _last_uses(self._reads)
+        self._last_use = _last_uses(self._nodes)
         self._at = 0  # nodes before it have run
         self._held: list[Feeds] = [dict(batch) for batch in batches]
         self._hold = hold
@@ -52,9 +52,15 @@ class Network:
         """How many batches it runs on."""
         return len(self._held)
 
-    def session(self, names: Iterable[str]) -> Piece:
+    def piece(self, names: Iterable[str]) -> Piece:
         """What computes tensors from where the network stands."""
         return Piece(self, list(dict.fromkeys(names)))
+
+    def beside(self, model: ir.Model) -> Network:
+        """Another model on the values held here: one that differs only in what is still to run."""
+        other = Network(model, (), self._hold)
+        other._held = self._held
+        return other
 
     def advance(self, node: ir.Node) -> None:
         """Stands just before `node`, if the values that cross there may be held."""
@@ -68,7 +74,7 @@ class Network:
         if stop <= self._at:
             return
         kept = [name for name in self._held[0] if self._last_use.get(name, -1) >= stop]
-        piece = self.session(crossing)
+        piece = self.piece(crossing)
         held: list[Feeds] = []
         room = self._hold
         for batch, values in enumerate(self._held):
@@ -81,13 +87,13 @@ class Network:
 
     def _model_of(self, names: Sequence[str]) -> tuple[bytes, list[str]]:
         """A model of the nodes between here and `names`; and the inputs it takes."""
-        wanted, nodes = set(names), []
         given = self._held[0]
-        for place in range(len(self._nodes) - 1, self._at - 1, -1):
+        wanted, nodes = set(names), []
+        for place in range(len(self._nodes) - 1, -1, -1):
             node = self._nodes[place]
-            if any(output.name in wanted for output in node.outputs):
+            if any(output.name in wanted and output.name not in given for output in node.outputs):
                 nodes.append(node)
-                wanted.update(str(value.name) for value in self._reads[place])
+                wanted.update(str(value.name) for value in read_by(node))
         graph = self._model.graph
         proto = onnx.ModelProto(ir_version=max(self._model.ir_version, 4))
         for domain, version in self._model.opset_imports.items():
@@ -100,9 +106,12 @@ class Network:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, None))
         for name, value in graph.initializers.items():
             if name in wanted and value.const_value is not None:
-                tensor = ir.to_proto(ir.Tensor(value.const_value.numpy(), name=name, dtype=value.const_value.dtype))
-                proto.graph.initializer.append(tensor)
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+                constant = value.const_value
+                tensor = ir.Tensor(constant.numpy(), name=name, dtype=constant.dtype)
+                proto.graph.initializer.append(ir.to_proto(tensor))
+                release(constant)
+        outputs = [name for name in names if name not in given]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         return proto.SerializeToString(), inputs
 
     def _values(self, batch: int) -> Feeds:
@@ -145,12 +154,8 @@ def read_by(node: ir.Node) -> list[ir.Value]:
     return found
 
 
-def _last_uses(reads: Sequence[Sequence[ir.Value]]) -> dict[str, int]:
-    last: dict[str, int] = {}
-    for place, values in enumerate(reads):
-        for value in values:
-            last[str(value.name)] = place
-    return last
+def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
+    return {str(value.name): place for place, node in enumerate(nodes) for value in read_by(node)}
 
 
 def _can_be_held(value: object) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graphops.criteria import activation, bn_scale, magnitude, random
+from secateur.graphops.criteria import activation, bn_scale, magnitude, random, reconstruction
 from secateur.graphops.criteria.context import Context
 
 Scores = npt.NDArray[np.float64]
@@ -19,6 +19,7 @@ CRITERIA: dict[str, Callable[[Context], Scores]] = {
     "random": random.random,
     "bn_scale": bn_scale.bn_scale,
     "activation": activation.activation,
+    "reconstruction": reconstruction.reconstruction,
 }
 
 __all__ = ["CRITERIA", "Context", "Scores"]

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from secateur.errors import Code, refuse
 from secateur.graphops.calibration import sample_count
 from secateur.graphops.criteria.context import Context
 from secateur.graphops.model.opening import self_contained
@@ -27,14 +26,7 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
     Raises:
         Refused: `INVALID_CALIBRATION` when no calibration data was given.
     """
-    if context.calibration is None:
-        raise refuse(
-            Code.INVALID_CALIBRATION,
-            "criterion activation needs calibration data",
-            expected="--calibration PATH",
-            found="none",
-            hint="Give a few hundred unlabelled samples, or use l2.",
-        )
+    observed = context.seen("activation")
     places = sorted(
         {
             (str(value.name), contraction.axis)
@@ -49,7 +41,7 @@ def activation(context: Context) -> npt.NDArray[np.float64]:
     names = [f"secateur_mean_{index}" for index in range(len(places))]
     sums = [0.0 for _ in places]
     samples = 0
-    for feeds in context.calibration.batches():
+    for feeds in observed.batches:
         count = sample_count(feeds)  # the last batch may be a smaller one
         samples += count
         for index, mean in enumerate(session.run(names, feeds)):

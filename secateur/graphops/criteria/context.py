@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.calibration import Calibration
+from secateur.errors import Code, refuse
+from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 
 
@@ -20,14 +21,30 @@ class Context:
     Attributes:
         model: unshared; read only.
         coupling: of that model.
-        calibration: data to run, if any.
+        observed: what calibration data show of it, if there are any.
         seed: for criteria that draw.
     """
 
     model: ir.Model
     coupling: Coupling
-    calibration: Calibration | None
+    observed: Observed | None
     seed: int
+
+    def seen(self, criterion: str) -> Observed:
+        """What calibration data show.
+
+        Raises:
+            Refused: `INVALID_CALIBRATION` when none were given.
+        """
+        if self.observed is None:
+            raise refuse(
+                Code.INVALID_CALIBRATION,
+                f"criterion {criterion} needs calibration data",
+                expected="--calibration PATH",
+                found="none",
+                hint="Give a few hundred unlabelled samples, or use l2.",
+            )
+        return self.observed
 
     def add_per_unit(
         self,

@@ -16,18 +16,23 @@ puts out. The score is the loss of its group when the unit has gone: it grows fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graphops.calibration.moments import Moments, weight_of
-from secateur.graphops.rules.linear import LinearMap
+from secateur.graphops.calibration.moments import weight_of
+from secateur.graphops.calibration.observed import Observed
+from secateur.graphops.coupling.units import Units
+from secateur.graphops.criteria import magnitude
+from secateur.graphops.criteria.context import Context
 
 Matrix = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
 
 _DAMPING = 1e-3  # of the mean variance, added to all: what the samples do not show
+_TINY = 1e-12  # where nothing varies
 _AT_ONCE = 32  # one in that many of the units that are left goes in one step
 
 
@@ -52,10 +57,12 @@ class Consumer:
         columns = self.columns[left]
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
         weights = self.weight[:, columns].transpose(1, 2, 0)  # (left, entries, out)
+        lost: Matrix
         if columns.shape[1] == 1:
-            return self.scale * (weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]
-        solved = np.linalg.solve(blocks, weights)
-        return self.scale * np.einsum("upo,upo->u", weights, solved)
+            lost = (weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]
+        else:
+            lost = np.einsum("upo,upo->u", weights, np.linalg.solve(blocks, weights))
+        return self.scale * lost
 
     def remove(self, units: Columns) -> float:
         """Takes units out; what that costs together."""
@@ -74,32 +81,57 @@ class Consumer:
         return self.scale * max(cost, 0.0)
 
 
-def consumers_of(view: LinearMap, moments: Moments, line: Columns, units: Columns) -> list[Consumer]:
-    """The consumers of a group of units in one node, one per group of the convolution.
+def reconstruction(context: Context) -> Matrix:
+    """Loss at the consumers when each unit has gone, in the order that loses least.
 
-    Args:
-        view: the node.
-        moments: of its x.
-        line: unit of each position of the axis that is summed over.
-        units: of the group.
+    Groups without a consumer that is a matrix product (a table that only a Gather reads) are
+    ranked by l2.
+
+    Raises:
+        Refused: `INVALID_CALIBRATION` when no calibration data was given.
     """
-    weight, covariance = weight_of(view), moments.covariance()
-    channels = view.channels(line.size)
-    found = []
-    for group in range(weight.shape[0]):
-        owner = line[channels[group]]
+    observed = context.seen("reconstruction")
+    scores = np.zeros(context.coupling.count + 1)
+    reads: dict[int, list[str]] = {}
+    for name, view in observed.consumers.items():
+        line = observed.line(view)
+        for unit in np.unique(line).tolist() if line is not None else ():
+            reads.setdefault(unit, []).append(name)
+    magnitudes = magnitude.l2(context)
+    for group in context.coupling.groups:
+        consumers = [
+            consumer
+            for name in reads.get(int(group.units[0]), ())
+            for consumer in _consumers(observed, name, group.units)
+        ]
+        if consumers:
+            scores[group.units] = eliminate(consumers, group.units.size)
+        else:
+            scores[group.units] = magnitudes[group.units]
+    return scores
+
+
+def _consumers(observed: Observed, name: str, units: Units) -> Iterator[Consumer]:
+    """The consumers of a group of units in one node, one per group of the convolution."""
+    view, moments = observed.consumers[name], observed.moments[name]
+    line = observed.line(view)
+    assert line is not None
+    weights, covariances = weight_of(view), moments.covariance()
+    for weight, covariance, channels in zip(
+        weights, covariances, view.channels(line.size), strict=True
+    ):
+        owner = line[channels]
         order = np.argsort(owner, kind="stable")
-        first, after = np.searchsorted(owner[order], units), np.searchsorted(owner[order], units, "right")
-        entries = after - first
+        first = np.searchsorted(owner[order], units)
+        entries = np.searchsorted(owner[order], units, "right") - first
         if not entries[0] or (entries != entries[0]).any():
-            continue
+            continue  # whole groups go: every unit is of one group of the convolution only
         columns = order[first[:, None] + np.arange(entries[0])]
-        damped = covariance[group].copy()
-        variance = np.einsum("oi,ij,oj->", weight[group], damped, weight[group], optimize=True)
-        damped[np.diag_indices_from(damped)] += _DAMPING * max(np.trace(damped) / len(damped), 1e-12)
-        inverse = np.linalg.inv(damped)
-        found.append(Consumer(weight[group].copy(), inverse, columns, 1 / max(variance, 1e-12)))
-    return found
+        variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
+        damped = covariance.copy()
+        damping = _DAMPING * max(float(np.trace(damped)) / len(damped), _TINY)
+        damped[np.diag_indices_from(damped)] += damping
+        yield Consumer(weight.copy(), np.linalg.inv(damped), columns, 1 / max(variance, _TINY))
 
 
 def eliminate(consumers: list[Consumer], units: int) -> Matrix:

@@ -2,46 +2,33 @@
 
 All candidates form one sequence of steps, each the units that leave one group together (one, or
 a rounding step). Local scope orders the steps by the share of their group that is gone after
-them, so that every group shrinks alike; global scope by score. Every target is a prefix of that
+them, so that every group shrinks alike; global scope by score; measured scope by what they do to
+the outputs (see `allocation`). Every target is a prefix of that
 sequence, found by bisection; what the last step overshoots is given back where it fits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from secateur.errors import Code, Refused, refuse
-from secateur.graphops.coupling.units import Coupling, UnitGroup
-from secateur.graphops.planning import cost
-from secateur.recipe import Recipe
-
-Mask = npt.NDArray[np.bool_]
-Scores = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Units that leave one group together.
-
-    Attributes:
-        key: steps go in ascending order of it.
-        group: index of the group.
-        units: what goes.
-        left: units of the group that stay after this step.
-    """
-
-    key: float
-    group: int
-    units: npt.NDArray[np.int32]
-    left: int
+from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.planning import allocation, cost
+from secateur.graphops.planning.sensitivity import Curve
+from secateur.graphops.planning.steps import Mask, Scores, Step, sequence
+from secateur.recipe import BUDGETS, Recipe
 
 
-def choose(coupling: Coupling, scores: Scores, recipe: Recipe, params_before: int) -> Mask:
+def choose(
+    coupling: Coupling,
+    scores: Scores,
+    recipe: Recipe,
+    params_before: int,
+    curves: Mapping[int, Curve] | None = None,
+) -> Mask:
     """Which units stay: the decision that surgery carries out.
 
     Args:
@@ -49,6 +36,7 @@ def choose(coupling: Coupling, scores: Scores, recipe: Recipe, params_before: in
         scores: per unit number, entry 0 unused; low goes first.
         recipe: targets, scope, granularity and rounding.
         params_before: of the original, copies that unsharing made not counted.
+        curves: measured drift by index of the group, for measured scope.
 
     Returns:
         per unit number whether it stays; entry 0 is true.
@@ -66,6 +54,10 @@ def choose(coupling: Coupling, scores: Scores, recipe: Recipe, params_before: in
             found=f"{len(coupling.groups)} groups under this recipe",
             hint="`secateur inspect` lists what is frozen and why.",
         )
+    if curves is not None:
+        budget = next(target for target in BUDGETS if target in recipe.target)
+        measure, _ = _measure(coupling, budget, params_before)
+        steps = allocation.arrange(steps, coupling, scores, curves, measure)
     search = _Search(coupling, steps)
     taken = 0
     goals: list[tuple[Callable[[Mask], float], float]] = []
@@ -83,64 +75,6 @@ def choose(coupling: Coupling, scores: Scores, recipe: Recipe, params_before: in
         gone |= fixed
     search.give_back(gone, fixed, goals)
     return search.keep(gone)
-
-
-def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
-    """All steps in the order in which they may go."""
-    protected = _protected(coupling, scores)
-    steps: list[Step] = []
-    for index, group in enumerate(coupling.groups):
-        if group.kind in recipe.granularity:
-            steps += _steps(index, group, scores, protected, recipe)
-    return sorted(steps, key=lambda step: (step.key, step.group, -step.left))
-
-
-def _protected(coupling: Coupling, scores: Scores) -> Mask:
-    """The best unit of every range of which something must stay."""
-    protected = np.zeros(coupling.count + 1, np.bool_)
-    for segment in (segment.reshape(-1) for segment in coupling.segments):
-        if segment.size and segment.all():
-            protected[segment[np.argmax(scores[segment])]] = True
-    return protected
-
-
-def _steps(
-    index: int, group: UnitGroup, scores: Scores, protected: Mask, recipe: Recipe
-) -> list[Step]:
-    """The steps of one group: lowest scores first, kept counts multiples of the rounding."""
-    total = group.units.size
-    multiple = rounding(group, recipe)
-    candidates = group.units[~protected[group.units]]
-    order = candidates[np.lexsort((candidates, scores[candidates]))]
-    most = min(total - multiple, order.size)
-    mean = float(scores[group.units].mean()) or 1.0
-    steps: list[Step] = []
-    gone, key = 0, -math.inf
-    size = total % multiple or multiple
-    while gone + size <= most:
-        units = order[gone : gone + size]
-        gone += size
-        size = multiple
-        if recipe.scope == "local":
-            key = gone / total
-        else:
-            key = max(key, float(scores[units].mean()) / mean)
-        steps.append(Step(key, index, units, total - gone))
-    return steps
-
-
-def rounding(group: UnitGroup, recipe: Recipe) -> int:
-    """How many units make the kept positions of every axis a multiple of the rounding.
-
-    Unless one is asked for, budgets prefer counts for which ONNX Runtime has its blocked
-    convolution kernels: EfficientNet-Lite0 at half the MACs takes 0.58 of the original's time at
-    multiples of 4 or 8, and 2.06 of it at arbitrary counts (`benchmarks/main.py`).
-    """
-    wanted = recipe.round_to
-    if wanted is None:
-        size = group.units.size
-        wanted = 1 if set(recipe.target) == {"channels"} or size < 16 else 8 if size >= 64 else 4
-    return math.lcm(*(wanted // math.gcd(wanted, times) for times in group.axes.values()))
 
 
 def _measure(

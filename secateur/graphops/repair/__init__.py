@@ -1,5 +1,1 @@
 """What is left takes over the work of what went: consumers are refitted, layer by layer."""
-
-from secateur.graphops.repair.repair import repair
-
-__all__ = ["repair"]

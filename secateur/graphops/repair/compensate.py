@@ -2,67 +2,68 @@
 
     W ← W·S_·K·(S_KK + δI)⁻¹        b ← b + W_old·μ − W_new·μ_K        S = Cov(x), μ = E[x]
 
-K: the entries of x that stay. One closed formula per consumer and no forward pass: what least
-squares gives where nothing before the node has changed.
+K: the entries of x that stay. One closed formula per consumer and no forward pass: it is what
+least squares gives where nothing before the node has changed. Trial cuts are judged after it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.calibration.moments import Moments, linear_maps, weight_of
-from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.repair.repair import _Target, _numbers, _write
-from secateur.graphops.repair.fit import _solve
-from secateur.graphops.rules.linear import LinearMap
+from secateur.graphops.calibration.moments import linear_maps, weight_of
+from secateur.graphops.calibration.observed import Observed
+from secateur.graphops.repair.fit import Matrix, ridge
+from secateur.graphops.repair.target import Target
 
 Mask = npt.NDArray[np.bool_]
 _DAMPING = 1e-3
 
 
-def compensate(pruned, coupling, keep, originals: Mapping[str, LinearMap], moments, network=None):
-    count = 0
-    place = {node: i for i, node in enumerate(pruned.graph)}
-    for view in linear_maps(pruned, coupling.shapes):
+def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
+    """Refits, in place, the consumers that lost entries.
+
+    Args:
+        pruned: cut from the model that was observed.
+        observed: moments of the original.
+        keep: per unit whether it stays.
+    """
+    places = {node: place for place, node in enumerate(pruned.graph)}
+    for view in linear_maps(pruned, observed.coupling.shapes):
         name = str(view.node.outputs[0].name)
-        first = originals.get(name)
-        if first is None or first.node not in moments:
+        original = observed.consumers.get(name)
+        line = None if original is None else observed.line(original)
+        if original is None or line is None or keep[line].all():
             continue
-        line = coupling.axes(str(first.node.inputs[0].name)).get(first.x_axis)
-        if line is None or keep[line].all():
-            continue
-        channels = first.channels(line.size)
-        stay = keep[line[channels]]  # (groups, k)
-        weight = weight_of(first)
-        if (stay.sum(axis=1) != stay.sum(axis=1)[0]).any() or view.groups != first.groups:
-            continue
-        outs = coupling.axes(str(first.node.outputs[0].name)).get(first.y_axis)
-        target = _Target.of(view, place)
-        m = moments[first.node]
-        cov, mean = m.covariance(), m.mean()
-        new, shift = [], []
-        for g in range(view.groups):
-            k = np.flatnonzero(stay[g])
-            s = cov[g][np.ix_(k, k)].copy()
-            s[np.diag_indices_from(s)] += _DAMPING * max(np.trace(s) / len(s), 1e-12)
-            c = weight[g] @ cov[g][:, k]
-            w0 = weight[g][:, k]
-            w = w0 + _solve(s, (c - w0 @ cov[g][np.ix_(k, k)]).T).T
-            new.append(w); shift.append(weight[g] @ mean[g] - w @ mean[g][k])
-        new, shift = np.stack(new), np.stack(shift)
-        if outs is not None and not keep[outs].all():
-            o = keep[outs].reshape(view.groups, -1)
-            new = np.stack([new[g][o[g]] for g in range(view.groups)]); shift = np.stack([shift[g][o[g]] for g in range(view.groups)])
-        if new.shape != weight_of(view).shape:
-            continue
-        bias = np.zeros_like(shift)
-        if target.biased:
-            if target.bias is not None: bias = _numbers(target.bias).reshape(shift.shape)
-            bias = bias + shift
-        _write(pruned.graph, view, target, new, bias)
-        count += 1
-    return count
+        target = Target.of(view, places)
+        stay = keep[line[original.channels(line.size)]]  # (groups, k)
+        if target is None or view.groups != original.groups or np.ptp(stay.sum(axis=1)):
+            continue  # whole groups went: what is left reads what it read
+        weight, shift = _refitted(observed, name, stay)
+        outputs = observed.coupling.axes(name).get(original.y_axis)
+        if outputs is not None:
+            rows = keep[outputs].reshape(view.groups, -1)
+            weight = np.stack([w[r] for w, r in zip(weight, rows, strict=True)])
+            shift = np.stack([s[r] for s, r in zip(shift, rows, strict=True)])
+        old = target.numbers(view.groups)
+        target.write(pruned.graph, weight, shift if old is None else old + shift)
+
+
+def _refitted(observed: Observed, name: str, stay: Mask) -> tuple[Matrix, Matrix]:
+    """W (groups, out, kept) and how much b moves (groups, out), all outputs still there."""
+    moments = observed.moments[name]
+    weights, shifts = [], []
+    for whole, covariance, mean, mask in zip(
+        weight_of(observed.consumers[name]),
+        moments.covariance(),
+        moments.mean(),
+        stay,
+        strict=True,
+    ):
+        kept = np.flatnonzero(mask)
+        cross = whole @ covariance[:, kept]
+        weight = ridge(whole[:, kept], covariance[np.ix_(kept, kept)], cross, _DAMPING)
+        weights.append(weight)
+        shifts.append(whole @ mean - weight @ mean[kept])
+    return np.stack(weights), np.stack(shifts)

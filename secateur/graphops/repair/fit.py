@@ -21,7 +21,7 @@ from secateur.graphops.calibration.moments import gram
 
 Matrix = npt.NDArray[np.float64]
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(slots=True)
@@ -97,12 +97,12 @@ class Sums:
         best: Matrix = (self.y - np.einsum("gok,gk->go", weight, self.x)) / self.count
         return best
 
-    def fit(self, weight: Matrix, ridge: float, *, biased: bool) -> Matrix:
+    def fit(self, weight: Matrix, damping: float, *, biased: bool) -> Matrix:
         """The W of the equation above.
 
         Args:
             weight: W₀.
-            ridge: λ.
+            damping: λ.
             biased: whether there is a b; without one the moments are about zero.
         """
         n = self.count
@@ -113,22 +113,29 @@ class Sums:
             yx = yx - mean_y[:, :, None] * mean_x[:, None, :]
         result = np.empty_like(weight)
         for group in range(weight.shape[0]):
-            damped = xx[group].copy()
-            variance = max(float(np.trace(damped)) / len(damped), 1e-12)
-            damped[np.diag_indices_from(damped)] += ridge * variance
-            missing = yx[group] - weight[group] @ xx[group]
-            result[group] = weight[group] + _solve(damped, missing.T).T
+            result[group] = ridge(weight[group], xx[group], yx[group], damping)
         return result
 
 
-def _solve(matrix: Matrix, right: Matrix) -> Matrix:
-    """Cholesky; by eigenvalues where rounding has left the matrix indefinite."""
+def ridge(weight: Matrix, xx: Matrix, yx: Matrix, damping: float) -> Matrix:
+    """The W of the equation above, shape (out, k).
+
+    Args:
+        weight: W₀.
+        xx: Cxx, (k, k).
+        yx: Cyx, (out, k).
+        damping: λ.
+    """
+    damped = xx.copy()
+    damped[np.diag_indices_from(damped)] += damping * max(float(np.trace(xx)) / len(xx), 1e-12)
+    missing = (yx - weight @ xx).T
     try:
-        factor = scipy.linalg.cho_factor(matrix, check_finite=False)
-        solved: Matrix = scipy.linalg.cho_solve(factor, right, check_finite=False)
-    except np.linalg.LinAlgError:
-        solved = np.linalg.lstsq(matrix, right, rcond=None)[0]
-    return solved
+        factor = scipy.linalg.cho_factor(damped, check_finite=False)
+        change = scipy.linalg.cho_solve(factor, missing, check_finite=False)
+    except np.linalg.LinAlgError:  # rounding has left it indefinite
+        change = np.linalg.lstsq(damped, missing, rcond=None)[0]
+    result: Matrix = weight + change.T
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,29 +145,29 @@ class Fitted:
     Attributes:
         weight, bias: (groups, out, k) and (groups, out).
         before, after: relative error on held-back batches, E‖y − ŷ‖² / Var(y).
-        ridge: λ, None where the old weights were best.
+        damping: λ, None where the old weights were best.
     """
 
     weight: Matrix
     bias: Matrix
     before: float
     after: float
-    ridge: float | None
+    damping: float | None
 
 
 def choose(seen: Sums, held: Sums, weight: Matrix, bias: Matrix, *, biased: bool) -> Fitted:
     """Fits on one part of the data, keeps what is best on the other, and then uses both."""
     scale = 1 / max(held.variance(), 1e-30)
     before = held.error(weight, bias)
-    best, ridge = before, None
-    for candidate in RIDGES:
+    best, damping = before, None
+    for candidate in DAMPINGS:
         fitted = seen.fit(weight, candidate, biased=biased)
         error = held.error(fitted, seen.bias(fitted) if biased else bias)
         if np.isfinite(error) and error < best:
-            best, ridge = error, candidate
-    if ridge is None:
+            best, damping = error, candidate
+    if damping is None:
         return Fitted(weight, bias, before * scale, before * scale, None)
     together = seen + held
-    weight = together.fit(weight, ridge, biased=biased)
+    weight = together.fit(weight, damping, biased=biased)
     bias = together.bias(weight) if biased else bias
-    return Fitted(weight, bias, before * scale, best * scale, ridge)
+    return Fitted(weight, bias, before * scale, best * scale, damping)

@@ -5,6 +5,16 @@
 p is a position of the output (a pixel, a token), y[p] its channels, and x[p] what the node reads
 for it: one row of a MatMul, the patch under a convolution's kernel (im2col). Criteria take second
 moments of x, repair fits W and b; neither has to know which operator it was.
+
+What both kinds of view have:
+
+    node, weight, bias   the node, and the input indices of W and b (None: the operator has no b)
+    x_axis, y_axis       the axis of input 0 that is summed over, and that of the output's channels
+    groups               independent maps side by side (grouped convolution)
+    rows(x, shape, p)    x[p], (groups, places, k), of an output of that shape; p are flat indices
+                         of its positions, its channel axis left out
+    channels(size)       (groups, k): of which position of `x_axis` each entry of x[p] is
+    matrix(weight)       W, (groups, out / groups, k); `tensor` is its inverse
 """
 
 from __future__ import annotations
@@ -12,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,50 +34,10 @@ Floats = npt.NDArray[np.floating[Any]]
 Places = npt.NDArray[np.int64]
 
 
-class LinearMap(Protocol):
-    """One node, its weight and bias.
-
-    Attributes:
-        node: the node.
-        weight: input index of W, a constant.
-        bias: input index of b, which may be absent; None where the operator has no bias.
-        x_axis: axis of input 0 that is summed over.
-        y_axis: axis of the output that holds the result's channels.
-        groups: independent maps that lie side by side (grouped convolution).
-    """
-
-    node: ir.Node
-    weight: int
-    bias: int | None
-    x_axis: int
-    y_axis: int
-    groups: int
-
-    def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
-        """x[p], shape (groups, places, k).
-
-        Args:
-            x: input 0.
-            shape: of the output.
-            places: flat indices of positions of the output without its channel axis.
-        """
-
-    def channels(self, size: int) -> npt.NDArray[np.int64]:
-        """Shape (groups, k): which of the `size` positions of `x_axis` each entry of x[p] is of."""
-
-    def matrix(self, weight: Floats) -> Floats:
-        """W, shape (groups, out / groups, k)."""
-
-    def tensor(self, matrix: Floats, shape: Sequence[int]) -> Floats:
-        """The weight of that shape that `matrix` would be the matrix of."""
-
-
-Linear = Callable[[ir.Node, Sequence[int], Sequence[int]], "LinearMap | None"]
-
-
 def pick_rows(y: Floats, axis: int, places: Places) -> Floats:
     """y[p], shape (places, channels)."""
-    return np.moveaxis(y, axis, -1).reshape(-1, y.shape[axis])[places]
+    rows: Floats = np.moveaxis(y, axis, -1).reshape(-1, y.shape[axis])[places]
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +60,7 @@ class Product:
 
     def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
         """Rows of x."""
-        return np.moveaxis(x, self.x_axis, -1).reshape(-1, x.shape[self.x_axis])[places][None]
+        return pick_rows(x, self.x_axis, places)[None]
 
     def channels(self, size: int) -> npt.NDArray[np.int64]:
         """One entry per channel."""
@@ -102,7 +72,8 @@ class Product:
 
     def tensor(self, matrix: Floats, shape: Sequence[int]) -> Floats:
         """(in, out), or as stored."""
-        return (matrix[0] if self.stored else matrix[0].T) / self.alpha
+        weight: Floats = (matrix[0] if self.stored else matrix[0].T) / self.alpha
+        return weight
 
 
 def linear_matmul(
@@ -240,3 +211,7 @@ def _convolution(node: ir.Node, w_shape: Sequence[int], *, transposed: bool) -> 
         dilations=tuple(integers(node, "dilations") or ones),
         transposed=transposed,
     )
+
+
+LinearMap = Product | Convolution
+Linear = Callable[[ir.Node, Sequence[int], Sequence[int]], LinearMap | None]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import onnxruntime as ort
+import threadpoolctl
 
 
 def open_session(
@@ -31,3 +34,13 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def one_blas_thread() -> contextlib.AbstractContextManager[object]:
+    """Within it NumPy's and SciPy's products take one thread.
+
+    Beside other work, threads that wait for one another are ten times slower than one alone; and
+    sums that are split as cores happen to be free would not give the same bytes twice.
+    """
+    limits: contextlib.AbstractContextManager[object] = threadpoolctl.threadpool_limits(1, "blas")
+    return limits

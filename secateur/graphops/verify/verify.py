@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import scipy.special
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Feeds, sample_count
@@ -59,8 +60,13 @@ def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: b
     return Samples(tuple(feeds), outputs, names, signature(session), from_calibration)
 
 
-def verify(model: bytes | str, samples: Samples) -> Verification:
+def verify(model: bytes | str, samples: Samples, held_back: bool = False) -> Verification:
     """Runs the result on the same inputs.
+
+    Args:
+        model: the result.
+        samples: inputs, and the original's answers.
+        held_back: whether nothing was fitted or measured on those inputs.
 
     Raises:
         VerificationFailed: it does not load or run, has other inputs or outputs, or gives
@@ -88,6 +94,7 @@ def verify(model: bytes | str, samples: Samples) -> Verification:
     return Verification(
         samples=sum(batches),
         from_calibration=samples.from_calibration,
+        held_back=held_back,
         batch_sizes=tuple(sorted(set(batches))),
         drift=tuple(meter.drift() for meter in meters if meter.used),
     )
@@ -122,6 +129,7 @@ class _Meter:
         self.used = False
         self._error = self._reference = self._result = self._dot = 0.0
         self._agree = self._rows = 0
+        self._divergence: float | None = 0.0
 
     def add(self, reference: Any, result: Any) -> None:
         if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fV":
@@ -143,6 +151,11 @@ class _Meter:
             same = a.argmax(axis=-1) == b.argmax(axis=-1)
             self._agree += int(same.sum())
             self._rows += int(same.size)
+            if self._divergence is not None and _is_distribution(a) and _is_distribution(b):
+                safe = np.maximum(b, np.finfo(np.float32).tiny)
+                self._divergence += float(scipy.special.rel_entr(a, safe).sum())
+            else:
+                self._divergence = None
 
     def drift(self) -> Drift:
         scale = np.sqrt(self._reference * self._result)
@@ -153,7 +166,15 @@ class _Meter:
             else 0.0,
             cosine=self._dot / scale if scale else 1.0,
             top1_agreement=self._agree / self._rows if self._rows else None,
+            kl=self._divergence / self._rows
+            if self._rows and self._divergence is not None
+            else None,
         )
+
+
+def _is_distribution(array: npt.NDArray[np.float64]) -> bool:
+    """Whether every row along the last axis holds probabilities."""
+    return bool((array >= 0).all() and (np.abs(array.sum(axis=-1) - 1) < 1e-3).all())
 
 
 def drift_between(

@@ -1,0 +1,64 @@
+"""What calibration data show of a model, gathered once and only when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops.calibration.data import Feeds
+from secateur.graphops.calibration.moments import WIDEST, Moments, collect, linear_maps, width
+from secateur.graphops.calibration.network import Network
+from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.rules.linear import LinearMap
+
+Tell = Callable[[float], None]
+
+
+class Observed:
+    """A model and the batches that run on it.
+
+    Args:
+        model: unshared; read only.
+        coupling: of that model.
+        batches: feeds.
+        seed: of the positions that are sampled.
+        tell: told the share of the moments that is gathered.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        coupling: Coupling,
+        batches: Sequence[Feeds],
+        seed: int,
+        tell: Tell = lambda share: None,
+    ) -> None:
+        self.model = model
+        self.coupling = coupling
+        self.batches = batches
+        self._seed = seed
+        self._tell = tell
+
+    @cached_property
+    def consumers(self) -> Mapping[str, LinearMap]:
+        """Matrix products whose summed axis can be cut, by the name of their output."""
+        return {
+            str(view.node.outputs[0].name): view
+            for view in linear_maps(self.model, self.coupling.shapes)
+            if self.line(view) is not None and width(view) <= WIDEST
+        }
+
+    def line(self, view: LinearMap) -> npt.NDArray[np.int32] | None:
+        """The unit of each position of the axis that is summed over; None where none can go."""
+        x = view.node.inputs[0]
+        return self.coupling.axes(str(x.name if x is not None else "")).get(view.x_axis)
+
+    @cached_property
+    def moments(self) -> Mapping[str, Moments]:
+        """Of x of each consumer, by the name of its output."""
+        network = Network(self.model, self.batches)
+        return collect(network, list(self.consumers.values()), self._seed, self._tell)

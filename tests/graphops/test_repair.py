@@ -1,0 +1,267 @@
+"""Criteria that see data, allocation and repair: by brute force, and on nets with known answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from nets import Net
+
+import secateur
+from secateur.errors import Code, Refused
+from secateur.graphops.criteria.reconstruction import Consumer, eliminate
+from secateur.graphops.planning import allocation
+from secateur.graphops.planning.sensitivity import Curve
+from secateur.graphops.planning.steps import Step
+from secateur.graphops.repair.fit import Sums, choose
+
+
+def consumer(weight: np.ndarray, rows: np.ndarray, per_unit: int) -> Consumer:
+    covariance = np.cov(rows.T, bias=True)
+    columns = np.arange(rows.shape[1]).reshape(-1, per_unit)
+    return Consumer(weight.copy(), np.linalg.inv(covariance), columns, 1.0)
+
+
+def best_fit_error(weight: np.ndarray, rows: np.ndarray, kept: np.ndarray) -> float:
+    """Least squares with an intercept, by NumPy."""
+    y = rows @ weight.T
+    if not kept.size:
+        return float(y.var(axis=0).sum())
+    design = np.concatenate([rows[:, kept], np.ones((len(rows), 1))], axis=1)
+    solution = np.linalg.lstsq(design, y, rcond=None)[0]
+    return float(((y - design @ solution) ** 2).mean(axis=0).sum())
+
+
+# -- reconstruction ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_unit", [1, 3])
+def test_loss_is_what_least_squares_cannot_take_over(per_unit: int) -> None:
+    draw = np.random.default_rng(0)
+    units = 5
+    rows = draw.standard_normal((400, units * per_unit)) @ draw.standard_normal(
+        (units * per_unit, units * per_unit)
+    )
+    weight = draw.standard_normal((4, units * per_unit))
+    scores = eliminate([consumer(weight, rows, per_unit)], units)
+    order = np.argsort(scores)
+    left = list(range(units))
+    for unit in order:
+        # greedy: of all that are left, the one whose loss is least
+        def error(gone: int, rest: list[int] = left) -> float:
+            kept = [u * per_unit + e for u in rest if u != gone for e in range(per_unit)]
+            return best_fit_error(weight, rows, np.array(kept, int))
+
+        assert unit == min(left, key=error)
+        assert scores[unit] == pytest.approx(error(unit), rel=1e-6)
+        left.remove(unit)
+
+
+def test_a_unit_that_others_can_replace_goes_first_whatever_its_weights() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.standard_normal((500, 4))
+    rows[:, 2] = 5 * rows[:, 0] - rows[:, 1] + 1e-4 * rows[:, 2]
+    scores = eliminate([consumer(np.diag([1.0, 1.0, 100.0, 0.1]), rows, 1)], 4)
+    assert np.argmin(scores) in (0, 1, 2)
+    assert np.sort(scores)[0] < 1e-2
+
+
+def test_consumers_count_together() -> None:
+    rows = np.random.default_rng(0).standard_normal((500, 2))
+    first, second = np.array([[1.0, 0.1]]), np.array([[0.0, 3.0]])
+    both = eliminate([consumer(first, rows, 1), consumer(second, rows, 1)], 2)
+    assert both[0] < both[1]
+    assert eliminate([consumer(first, rows, 1)], 2)[0] > eliminate([consumer(first, rows, 1)], 2)[1]
+
+
+# -- allocation --------------------------------------------------------------------------------
+
+
+class _Coupling:
+    """As much of a coupling as allocation looks at."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        starts = np.cumsum([1, *sizes])
+        self.count = sum(sizes)
+        self.groups = [
+            type("Group", (), {"units": np.arange(s, s + n, dtype=np.int32)})
+            for s, n in zip(starts, sizes, strict=False)
+        ]
+
+
+def test_the_cheapest_drift_goes_first_and_prices_follow_what_has_gone() -> None:
+    coupling: Any = _Coupling([4, 4])
+    scores = np.array([0, 1, 2, 3, 4, 1, 2, 3, 4], float)
+    steps = [
+        Step(0.0, index, group.units[gone : gone + 1], 3 - gone)
+        for index, group in enumerate(coupling.groups)
+        for gone in range(3)
+    ]
+    curves = {0: Curve((0, 2), (0.0, 0.01)), 1: Curve((0, 2), (0.0, 1.0))}
+    order = allocation.arrange(
+        steps, coupling, scores, curves, lambda keep: float(keep[1:5].sum() * keep[5:].sum())
+    )
+    assert [step.group for step in order] == [0, 0, 0, 1, 1, 1]
+    assert [step.key for step in order] == sorted(step.key for step in order)
+    for index in range(2):  # within a group, the order of the scores
+        assert [s.left for s in order if s.group == index] == [3, 2, 1]
+    dear = {0: curves[1], 1: curves[0]}
+    order = allocation.arrange(steps, coupling, scores, dear, lambda keep: float(keep.sum()))
+    assert [step.group for step in order] == [1, 1, 1, 0, 0, 0]
+
+
+# -- fits --------------------------------------------------------------------------------------
+
+
+def sums(rows: np.ndarray, y: np.ndarray) -> Sums:
+    found = Sums.zeros(1, rows.shape[1], y.shape[1])
+    found.add(rows[None].astype(np.float32), y[None].astype(np.float32))
+    return found
+
+
+def test_a_fit_finds_the_weights_and_the_bias() -> None:
+    draw = np.random.default_rng(0)
+    rows, truth = draw.standard_normal((600, 6)) + 2, draw.standard_normal((3, 6))
+    y = rows @ truth.T + 7
+    start = np.zeros((1, 3, 6))
+    fitted = choose(
+        sums(rows[:400], y[:400]), sums(rows[400:], y[400:]), start, np.zeros((1, 3)), biased=True
+    )
+    assert np.allclose(fitted.weight[0], truth, atol=1e-2)
+    assert np.allclose(fitted.bias, 7, atol=5e-2)
+    assert fitted.after < 1e-5 < fitted.before
+
+
+def test_a_fit_that_does_not_help_is_undone() -> None:
+    draw = np.random.default_rng(0)
+    rows, truth = draw.standard_normal((120, 40)), draw.standard_normal((1, 2, 40))
+    y = rows @ truth[0].T + 30 * draw.standard_normal(
+        (120, 2)
+    )  # far more noise than there is to fit
+    y[60:] = rows[60:] @ truth[0].T
+    fitted = choose(
+        sums(rows[:60], y[:60]), sums(rows[60:], y[60:]), truth, np.zeros((1, 2)), biased=True
+    )
+    assert fitted.damping is None
+    assert fitted.weight is truth
+    assert fitted.before == fitted.after
+
+
+def test_error_is_the_mean_square() -> None:
+    draw = np.random.default_rng(0)
+    rows, y = draw.standard_normal((50, 4)), draw.standard_normal((50, 3))
+    weight, bias = draw.standard_normal((1, 3, 4)), draw.standard_normal((1, 3))
+    expected = ((rows @ weight[0].T + bias[0] - y) ** 2).mean(axis=0).sum()
+    assert sums(rows, y).error(weight, bias) == pytest.approx(expected, rel=1e-5)
+
+
+# -- whole models ------------------------------------------------------------------------------
+
+
+def redundant(bias: bool = True) -> bytes:
+    """A residual net whose inner channels come in proportional pairs: half of them say it all."""
+    net, draw = Net(), np.random.default_rng(1)
+    x = net.op("Relu", net.op("Conv", net.input("x", ["N", 3, 6, 6]), net.floats(8, 3, 3, 3)))
+
+    def conv(y: str, weight: np.ndarray) -> str:
+        inputs = [y, net.const(weight.astype(np.float32), f"w{len(net.nodes)}")]
+        if bias:
+            inputs.append(net.floats(weight.shape[0]))
+        return net.op("Conv", *inputs)
+
+    for _ in range(2):
+        half = draw.standard_normal((6, 8, 1, 1))
+        y = net.op(
+            "Conv",
+            x,
+            net.const(np.concatenate([half, 2 * half]).astype(np.float32), f"h{len(net.nodes)}"),
+        )
+        x = net.op("Add", conv(net.op("Relu", y), draw.standard_normal((8, 12, 1, 1)) / 4), x)
+    net.output(net.dense(net.op("Flatten", net.op("GlobalAveragePool", x)), 8, 4))
+    return net.bytes()
+
+
+def images(count: int = 64) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(0).standard_normal((count, 3, 6, 6)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_left_takes_over_what_it_can(bias: bool) -> None:
+    model = redundant(bias)
+    graph = onnx.load_from_string(model).graph
+    stem = next(tensor.name for tensor in graph.initializer if tensor.dims[1:2] == [3])
+    recipe = secateur.Recipe(target={"channels": 0.5}, ignore=(stem,))  # the stream stays
+    whole = secateur.prune(model, recipe, calibration=images(), measure_latency=False)
+    bare = secateur.prune(
+        model,
+        recipe.model_copy(update={"repair": False}),
+        calibration=images(),
+        measure_latency=False,
+    )
+    assert whole.report.verification.drift[0].relative_error < 2e-3
+    assert bare.report.verification.drift[0].relative_error > 2e-2
+    assert whole.report.repair
+    assert all(step.error_after <= step.error_before for step in whole.report.repair)
+    assert not bare.report.repair
+
+
+def test_the_same_call_gives_the_same_bytes() -> None:
+    recipe = secateur.Recipe(target={"macs": 0.6}, seed=5)
+    first, again = (
+        secateur.prune(redundant(), recipe, calibration=images(), measure_latency=False)
+        for _ in range(2)
+    )
+    assert first.model == again.model
+    assert first.report.sensitivity
+
+
+def test_measured_scope_spares_what_the_output_needs() -> None:
+    result = secateur.prune(
+        redundant(),
+        secateur.Recipe(target={"macs": 0.7}),
+        calibration=images(),
+        measure_latency=False,
+    )
+    curves = {curve.group: curve for curve in result.report.sensitivity}
+    assert all(curve.drift[0] == 0 and curve.removed[0] == 0 for curve in curves.values())
+    assert all(np.all(np.diff(curve.drift) >= 0) for curve in curves.values())
+    shares = {g.id: g.kept / g.units for g in result.report.groups}
+    stream = next(g.id for g in result.report.groups if g.units == 8)
+    assert shares[stream] >= max(share for name, share in shares.items() if name != stream)
+
+
+def test_tied_weights_stay_tied() -> None:
+    net = Net()
+    shared = net.floats(8, 8)
+    x = net.op("Relu", net.op("MatMul", net.input("x", ["N", 6]), net.floats(6, 8)))
+    x = net.op("Relu", net.op("MatMul", x, shared))
+    x = net.op("Relu", net.op("MatMul", x, shared))
+    net.output(net.dense(x, 8, 3))
+    data = {"x": np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)}
+    result = secateur.prune(
+        net.bytes(),
+        secateur.Recipe(target={"channels": 0.5}),
+        calibration=data,
+        measure_latency=False,
+    )
+    graph = onnx.load_from_string(result.model).graph
+    assert sum(shared in node.input for node in graph.node) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "calibrated", "code"),
+    [
+        ({"repair": True}, False, Code.INVALID_CALIBRATION),
+        ({"scope": "measured", "target": {"macs": 0.5}}, False, Code.INVALID_CALIBRATION),
+        ({"criterion": "reconstruction"}, False, Code.INVALID_CALIBRATION),
+        ({"scope": "measured", "target": {"channels": 0.5}}, True, Code.INVALID_RECIPE),
+    ],
+)
+def test_what_cannot_be_done_is_refused(fields: Any, calibrated: bool, code: Code) -> None:
+    with pytest.raises(Refused) as caught:
+        secateur.prune(
+            redundant(), secateur.Recipe(**fields), calibration=images() if calibrated else None
+        )
+    assert caught.value.refusal.code is code
