@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import pathlib
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,15 @@ def settings(arguments: list[str], files: dict[str, str]) -> ServerConfig:
     done = typer.testing.CliRunner().invoke(app, ["serve", *flags, "--check-config"])
     assert done.exit_code == 0, done.output
     return ServerConfig.model_validate_json(done.stdout)
+
+
+GIB = 1 << 30
+
+
+def fits(config: ServerConfig, memory: str) -> bool:
+    """Whether jobs at their limits, and a server beside them, take no more than `memory`."""
+    assert memory.lower().rstrip("i").endswith("g")
+    return config.workers * config.job_memory_bytes + GIB <= int(memory.rstrip("GgIi")) * GIB
 
 
 def port(address: str | None) -> int:
@@ -101,6 +111,7 @@ class TestKubernetes:
         assert ports["metrics"] == port(config.metrics_listen)
         assert ports.get("grpc", 50051) == port(config.listen)
         assert config.grace_s < pod["terminationGracePeriodSeconds"]
+        assert fits(config, server["resources"]["limits"]["memory"])
         public = config.listen.startswith("0.0.0.0")
         assert public == bool(config.tls_certificate and config.clients)
 
@@ -152,6 +163,7 @@ def test_compose() -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert {"cpus", "mem_limit", "pids_limit"} <= service.keys()
+    assert fits(config, service["mem_limit"])
     assert config.grace_s < float(service["stop_grace_period"].removesuffix("s"))
 
 
@@ -167,8 +179,24 @@ def test_systemd() -> None:
     config = ServerConfig.model_validate(yaml.safe_load((DEPLOY / "server.yaml").read_text()))
     assert config.grace_s < float(service["TimeoutStopSec"])
     assert config.folder == pathlib.Path("/var/lib", service["StateDirectory"])
+    assert fits(config, service["MemoryMax"])
     # without these, workers could not be shut in
     assert set(service["RestrictNamespaces"].split()) >= {"user", "net", "ipc"}
+
+
+def test_the_guide_names_flags_that_there_are_with_their_defaults() -> None:
+    text = (DEPLOY.parent / "docs" / "operating.md").read_text()
+    shown = typer.testing.CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"})
+    client = {"--server", "--tls-ca", "--token-file"}
+    for flag in set(re.findall(r"(--[a-z][a-z-]+)", text)) - client:
+        assert f"{flag} " in shown.stdout, flag
+    rows = re.findall(r"^\|[^|]+\| `--([a-z-]+)` ([\d,]+) ?(\w*) \|", text, re.MULTILINE)
+    assert len(rows) > 10
+    unit = {"": 1, "s": 1, "h": 3600, "days": 86400, "GiB": GIB}
+    for flag, number, scale in rows:
+        name = flag.replace("-", "_")
+        field = ServerConfig.model_fields.get(name) or ServerConfig.model_fields[f"{name}_s"]
+        assert field.default == int(number.replace(",", "")) * unit[scale], flag
 
 
 def test_the_example_of_clients_is_one() -> None:
