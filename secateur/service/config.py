@@ -71,6 +71,12 @@ class ServerConfig(BaseModel):
     metrics_listen: str | None = Field(
         None, description="HOST:PORT that answers GET /metrics, for Prometheus."
     )
+    lame_duck_s: float = Field(
+        0.0,
+        ge=0,
+        description="Time at a stop during which health says NOT_SERVING and calls are still "
+        "taken: for balancers, which learn of it late.",
+    )
     grace_s: float = Field(10.0, ge=0, description="Time that running calls get at a stop.")
     max_queued: int = Field(
         100, ge=0, description="Jobs that may wait for a worker; more are told when to come again."
@@ -86,6 +92,9 @@ class ServerConfig(BaseModel):
     )
     job_memory_bytes: int = Field(
         8 << 30, ge=1, description="Memory that a job may take; then its worker is killed."
+    )
+    job_disk_bytes: int = Field(
+        16 << 30, ge=1, description="Disk that a job may fill; then its worker is killed."
     )
     max_model_bytes: int = Field(
         4 << 30, ge=1, description="Largest model taken, with its external data."

@@ -1,14 +1,16 @@
-"""Limits on what one job may take: time and memory. Over either, its worker is killed, alone."""
+"""Limits on what one job may take: time, memory, disk. Over any, its worker is killed, alone."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import pathlib
 import re
 import signal
+import stat
 import sys
 import time
 from types import TracebackType
@@ -20,6 +22,7 @@ from secateur.service.errors import CallError
 log = logging.getLogger("secateur.service")
 
 _LOOK_S = 0.1  # between two looks at a worker
+_LOOKS_PER_DISK = 10  # one in so many looks at its files, too
 _AT_ONCE = 2  # an allocation that brings a process above this many times its memory fails at once
 _SPARE_ADDRESSES = 16 << 30  # bytes: libraries, stacks, models mapped from files
 _OWN = re.compile(rb"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
@@ -30,11 +33,13 @@ class Guard:
 
     Args:
         pid: the worker's process id, and its process group's.
+        home: its folder.
         config: what a job may take.
     """
 
-    def __init__(self, pid: int, config: ServerConfig) -> None:
+    def __init__(self, pid: int, home: pathlib.Path, config: ServerConfig) -> None:
         self._pid = pid
+        self._home = home
         self._config = config
         self._refused: Refused | None = None
         self._task: asyncio.Task[None] | None = None
@@ -55,28 +60,43 @@ class Guard:
 
     async def _watch(self) -> None:
         end = time.monotonic() + self._config.job_s
-        while self._refused is None:
+        for look in itertools.count(1):
             await asyncio.sleep(_LOOK_S)
-            taken = memory_of(self._pid)
-            if time.monotonic() > end:
-                self._refused = refuse(
-                    Code.LIMIT_EXCEEDED,
-                    "the job took longer than this server allows, in seconds",
-                    expected=f"at most {self._config.job_s:g}",
-                    found="more",
-                    hint="Prune it in process: the command without --server.",
-                )
-            elif taken > self._config.job_memory_bytes:
-                self._refused = refuse(
-                    Code.LIMIT_EXCEEDED,
-                    "the job took more memory than this server allows, in bytes",
-                    expected=f"at most {self._config.job_memory_bytes}",
-                    found=taken,
-                    hint="Prune it in process: the command without --server.",
-                )
+            self._refused = self._time_or_memory(end)
+            if self._refused is None and look % _LOOKS_PER_DISK == 0:
+                self._refused = await asyncio.to_thread(self._disk)
+            if self._refused is not None:
+                break
         log.warning("worker %d is killed: %s", self._pid, self._refused)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
+
+    def _time_or_memory(self, end: float) -> Refused | None:
+        if time.monotonic() > end:
+            text = "the job took longer than this server allows, in seconds"
+            return _exceeded(text, f"{self._config.job_s:g}", "more")
+        taken, most = memory_of(self._pid), self._config.job_memory_bytes
+        if taken > most:
+            text = "the job took more memory than this server allows, in bytes"
+            return _exceeded(text, most, taken)
+        return None
+
+    def _disk(self) -> Refused | None:
+        taken, most = disk_of(self._pid, self._home), self._config.job_disk_bytes
+        if taken > most:
+            text = "the job took more of the disk than this server allows, in bytes"
+            return _exceeded(text, most, taken)
+        return None
+
+
+def _exceeded(text: str, most: object, found: object) -> Refused:
+    return refuse(
+        Code.LIMIT_EXCEEDED,
+        text,
+        expected=f"at most {most}",
+        found=found,
+        hint="Prune it in process: the command without --server.",
+    )
 
 
 def memory_of(pid: int) -> int:
@@ -86,6 +106,22 @@ def memory_of(pid: int) -> int:
     except OSError:
         return 0
     return sum(map(int, found)) * 1024
+
+
+def disk_of(pid: int, home: pathlib.Path) -> int:
+    """Bytes that a process fills of the disk: its home, and what it has open without a name."""
+    files = [pathlib.Path(folder, name) for folder, _, names in os.walk(home) for name in names]
+    with contextlib.suppress(OSError):
+        files += pathlib.Path(f"/proc/{pid}/fd").iterdir()
+    taken = 0
+    for path in files:
+        with contextlib.suppress(OSError):  # gone since
+            in_home = path.is_relative_to(home)
+            found = path.lstat() if in_home else path.stat()
+            # a blob has a second name: it is not the job's
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == in_home:
+                taken += found.st_blocks * 512
+    return taken
 
 
 def limit_allocations(pid: int, memory: int) -> None:

@@ -205,7 +205,7 @@ class WorkerPool:
         A worker works for one client only: whoever takes it over finds nothing of anybody else's.
 
         Raises:
-            Refused: `LIMIT_EXCEEDED` when it took too much time or memory; its worker is killed.
+            Refused: `LIMIT_EXCEEDED` when it took too much; its worker is killed.
             CallError: as `Worker.run`.
         """
         async with contextlib.AsyncExitStack() as stack:
@@ -213,7 +213,7 @@ class WorkerPool:
                 await stack.enter_async_context(self._slots)
             stack.enter_context(telemetry.JOBS_RUNNING.track_inprogress())
             worker = await self._take(client)
-            guard = Guard(worker.pid, self._config)
+            guard = Guard(worker.pid, worker.home, self._config)
             clean = False
             try:
                 folder = pathlib.Path(job["folder"])

@@ -101,8 +101,12 @@ async def serve(config: ServerConfig, ready: Callable[[str], None] | None = None
             if ready is not None:
                 ready(address)
             await stop.wait()
-            log.info("stopping; calls have %g s to finish", config.grace_s)
             await health.enter_graceful_shutdown()
+            if config.lame_duck_s:
+                log.info("not serving from in %g s on", config.lame_duck_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(force.wait(), config.lame_duck_s)
+            log.info("stopping; calls have %g s to finish", config.grace_s)
             await _drain(server, config.grace_s, force)
 
 

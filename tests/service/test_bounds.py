@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
 import pathlib
+import sys
 import threading
 import time
 import zipfile
@@ -21,7 +24,9 @@ import secateur
 from secateur import Code, Refusal
 from secateur.graphops.model import checking
 from secateur.operation import State
-from secateur.service.guard import memory_of
+from secateur.service.config import ServerConfig
+from secateur.service.errors import CallError
+from secateur.service.guard import Guard, disk_of, memory_of
 from secateur.service.worker import _wants_memory
 
 SMALL = perceptron(16, 32, 8)
@@ -190,6 +195,34 @@ def test_a_job_that_takes_too_much_memory_dies_alone(own_server: Callable[..., S
 )
 def test_a_library_without_memory_is_not_the_models_fault(message: str, expected: bool) -> None:
     assert _wants_memory(Refusal(code=Code.INVALID_MODEL, message=message)) is expected
+
+
+def test_what_a_job_fills_of_the_disk_is_counted(tmp_path: pathlib.Path) -> None:
+    home, size = tmp_path / "home", 1 << 20
+    (home / "deep").mkdir(parents=True)
+    for path in (tmp_path / "blob", home / "deep" / "file", home / "nameless"):
+        path.write_bytes(b"x" * size)
+    (home / "linked").hardlink_to(tmp_path / "blob")
+    (home / "pointing").symlink_to(tmp_path / "blob")
+    with (home / "nameless").open("rb"):
+        assert disk_of(os.getpid(), home) == 2 * size
+        (home / "nameless").unlink()
+        assert disk_of(os.getpid(), home) == 2 * size
+    assert disk_of(os.getpid(), home) == size
+
+
+async def test_a_worker_that_fills_the_disk_is_killed(tmp_path: pathlib.Path) -> None:
+    code = "open('large', 'wb').write(bytes(4 << 20)); import time; time.sleep(60)"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=tmp_path, start_new_session=True
+    )
+    config = ServerConfig(job_disk_bytes=1 << 20)
+    with pytest.raises(secateur.Refused, match="more of the disk") as caught:
+        async with Guard(process.pid, tmp_path, config):
+            await process.wait()
+            raise CallError(grpc.StatusCode.INTERNAL, "WORKER_DIED", "as the pool says")
+    assert caught.value.refusal.expected == f"at most {1 << 20}"
+    assert int(caught.value.refusal.found) >= 4 << 20
 
 
 # ---- how much work there may be ----------------------------------------------------------------

@@ -110,7 +110,7 @@ class TestKubernetes:
         assert ports["health"] == port(config.health_listen)
         assert ports["metrics"] == port(config.metrics_listen)
         assert ports.get("grpc", 50051) == port(config.listen)
-        assert config.grace_s < pod["terminationGracePeriodSeconds"]
+        assert config.lame_duck_s + config.grace_s < pod["terminationGracePeriodSeconds"]
         assert fits(config, server["resources"]["limits"]["memory"])
         public = config.listen.startswith("0.0.0.0")
         assert public == bool(config.tls_certificate and config.clients)
