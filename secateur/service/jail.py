@@ -161,12 +161,16 @@ def _libraries() -> Iterator[pathlib.Path]:
     """What the interpreter, the engine and the C library read; nothing that could be a secret."""
     package = pathlib.Path(secateur.__file__).resolve().parent
     yield package
-    for entry in {sys.prefix, sys.base_prefix, *filter(None, sys.path)}:
+    for entry in {*sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)} - {""}:
         path = pathlib.Path(entry)
         # a checkout's folder may hold anything besides the package
         if path.resolve() != package.parent or path.name.endswith("-packages"):
             yield path
-    for name in ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom"):
+    # not all of a prefix, where there may be settings, too
+    for prefix in {"/", "/usr", "/usr/local", sys.prefix, sys.base_prefix}:
+        for name in ("lib", "lib64"):
+            yield pathlib.Path(prefix, name)
+    for name in ("/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache", "/dev/urandom"):
         yield pathlib.Path(name)
     # ONNX Runtime asks for cores, caches and accelerators
     for name in ("/proc/self", "/proc/cpuinfo", "/proc/meminfo"):

@@ -37,6 +37,8 @@ ATTACKS = {
     "reading a secret": "open(secret).read()",
     "looking around": "os.listdir(pathlib.Path(secret).parent)",
     "the root folder": "os.listdir('/')",
+    "settings of other programs": "os.listdir('/etc')",
+    "what lies beside the package": "os.listdir(pathlib.Path(jail.__file__).parents[2])",
     "the server's environment": "open(f'/proc/{parent}/environ').read()",
     "the server's memory": "open(f'/proc/{parent}/mem', 'rb')",
     "writing elsewhere": "open('/tmp/secateur-escaped', 'w')",
