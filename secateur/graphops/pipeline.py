@@ -292,7 +292,8 @@ def _measure(
             saved[index] = macs.of(keep)
     order = sorted(saved, key=lambda index: (saved[index], index))
     tell = functools.partial(clock.tell, Stage.PLANNING)
-    return sensitivity.measure(observed, scores, order, analysed.copies, tell)
+    whole = macs.of(np.ones(count, np.bool_))
+    return sensitivity.measure(observed, scores, order, analysed.copies, whole, tell)
 
 
 def _sensitivities(coupling: Coupling, curves: Mapping[int, Curve]) -> tuple[Sensitivity, ...]:

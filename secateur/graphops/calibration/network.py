@@ -19,7 +19,7 @@ import onnxruntime as ort
 from secateur.graphops.calibration.data import Array, Feeds
 from secateur.graphops.model.opening import release
 from secateur.graphops.model.shapes import bodies
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.verify.runtime import does_not_run, open_session
 
 HOLD = 512 << 20  # bytes of values held between nodes
 
@@ -119,7 +119,11 @@ class Network:
 
 
 class Piece:
-    """A session from where a network stood to some tensors."""
+    """A session from where a network stood to some tensors.
+
+    Raises:
+        Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message; so does `run`.
+    """
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
         self._network = network
@@ -128,7 +132,10 @@ class Piece:
         self._session: ort.InferenceSession | None = None
         if self._computed:
             model, self._inputs = network._model_of(self._computed)
-            self._session = open_session(model, spin=False)
+            try:
+                self._session = open_session(model, spin=False)
+            except Exception as error:
+                raise does_not_run(error, network._values(0)) from None
 
     def run(self, batch: int) -> dict[str, Array]:
         """The tensors, by name, of one batch."""
@@ -136,7 +143,10 @@ class Piece:
         found: dict[str, Any] = {name: values[name] for name in self._given}
         if self._session is not None:
             feeds = {name: values[name] for name in self._inputs}
-            results = self._session.run(self._computed, feeds)
+            try:
+                results = self._session.run(self._computed, feeds)
+            except Exception as error:
+                raise does_not_run(error, feeds) from None
             found.update(zip(self._computed, results, strict=True))
         return found
 

@@ -28,7 +28,8 @@ Scores = npt.NDArray[np.float64]
 
 SHARES = {4: (0.125, 0.25, 0.5, 0.75), 3: (0.25, 0.5, 0.75), 2: (0.25, 0.625), 1: (0.5,)}
 _TRIALS = 160  # cuts to try at most; with more groups than that, only the costliest
-_SAMPLES = 96  # that each trial runs on
+_MACS = 3e12  # of all trials together: about a minute on two cores
+_SAMPLES = (8, 96)  # that each trial runs on, at least and at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def measure(
     scores: Scores,
     groups: Sequence[int],
     copies: Mapping[str, str],
+    macs: int,
     tell: Callable[[float], None] = lambda share: None,
 ) -> dict[int, Curve]:
     """Curves by index of the group.
@@ -58,11 +60,13 @@ def measure(
         scores: per unit; low goes first.
         groups: indices of those to try, the ones that matter most for the budget first.
         copies: that unsharing made.
+        macs: of the original, for one sample: costly models are tried on fewer samples.
         tell: told the share that is done.
     """
     shares = SHARES[max(1, min(4, _TRIALS // max(len(groups), 1)))]
     tried = list(groups)[:_TRIALS]
-    trials = _Trials(observed, copies)
+    wanted = int(_MACS / max(macs * len(shares) * len(tried), 1))
+    trials = _Trials(observed, copies, min(max(wanted, _SAMPLES[0]), _SAMPLES[1]))
     tried.sort(key=lambda index: trials.begins(observed.coupling.groups[index]))
     curves = {}
     for place, index in enumerate(tried):
@@ -79,12 +83,12 @@ def measure(
 class _Trials:
     """Cuts that are tried and thrown away."""
 
-    def __init__(self, observed: Observed, copies: Mapping[str, str]) -> None:
+    def __init__(self, observed: Observed, copies: Mapping[str, str], samples: int) -> None:
         self._observed, self._copies = observed, copies
         graph = observed.model.graph
         batches: list[Feeds] = []
         for batch in reversed(observed.batches):
-            if sum(map(sample_count, batches)) < _SAMPLES:
+            if sum(map(sample_count, batches)) < samples:
                 batches.append(batch)
         self._network = Network(observed.model, batches)
         self._outputs = [str(value.name) for value in graph.outputs]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import threadpoolctl
+
+from secateur.errors import Code, Refused, refuse
 
 
 def open_session(
@@ -44,3 +50,20 @@ def one_blas_thread() -> contextlib.AbstractContextManager[object]:
     """
     limits: contextlib.AbstractContextManager[object] = threadpoolctl.threadpool_limits(1, "blas")
     return limits
+
+
+def does_not_run(error: Exception, feeds: Mapping[str, npt.NDArray[Any]]) -> Refused:
+    """The refusal of a model that ONNX Runtime cannot load, or run on those inputs."""
+    shapes = {name: list(np.shape(array)) for name, array in feeds.items()}
+    return refuse(
+        Code.MODEL_DOES_NOT_RUN,
+        f"ONNX Runtime cannot run the model as it was given: {first_line(error)}",
+        expected="a run",
+        found=f"a failure with inputs {shapes}",
+        hint="If only the input sizes do not suit it, give calibration data that do.",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says first; the rest is where in its sources."""
+    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

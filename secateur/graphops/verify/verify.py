@@ -13,7 +13,7 @@ import scipy.special
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Feeds, sample_count
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.verify.runtime import does_not_run, first_line, open_session
 from secateur.report import Drift, Verification
 
 Outputs = list[npt.NDArray[Any]]
@@ -48,14 +48,7 @@ def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: b
         session = open_session(model, lean=True)
         outputs = tuple(session.run(None, feed) for feed in feeds)
     except Exception as error:
-        shapes = {name: list(array.shape) for name, array in feeds[0].items()} if feeds else {}
-        raise refuse(
-            Code.MODEL_DOES_NOT_RUN,
-            f"ONNX Runtime cannot run the model as it was given: {_first_line(error)}",
-            expected="a run",
-            found=f"a failure with inputs {shapes}",
-            hint="If only the input sizes do not suit it, give calibration data that do.",
-        ) from None
+        raise does_not_run(error, feeds[0] if feeds else {}) from None
     names = tuple(output.name for output in session.get_outputs())
     return Samples(tuple(feeds), outputs, names, signature(session), from_calibration)
 
@@ -75,7 +68,7 @@ def verify(model: bytes | str, samples: Samples, held_back: bool = False) -> Ver
     try:
         session = open_session(model, lean=True)
     except Exception as error:
-        raise _failed(f"ONNX Runtime cannot load the pruned model: {_first_line(error)}") from None
+        raise _failed(f"ONNX Runtime cannot load the pruned model: {first_line(error)}") from None
     found_signature = signature(session)
     if not _same_face(found_signature, samples.signature):
         raise _failed(
@@ -87,7 +80,7 @@ def verify(model: bytes | str, samples: Samples, held_back: bool = False) -> Ver
         try:
             found = session.run(None, feed)
         except Exception as error:
-            raise _failed(f"the pruned model does not run: {_first_line(error)}") from None
+            raise _failed(f"the pruned model does not run: {first_line(error)}") from None
         batches.append(sample_count(feed))
         for meter, reference, result in zip(meters, wanted, found, strict=True):
             meter.add(reference, result)
@@ -186,10 +179,6 @@ def drift_between(
         for meter, reference, result in zip(meters, references, results, strict=True):
             meter.add(reference, result)
     return tuple(meter.drift() for meter in meters if meter.used)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
 
 
 def _failed(message: str, expected: object = "", found: object = "") -> Refused:
