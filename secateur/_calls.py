@@ -145,13 +145,16 @@ class Calls:
             await self._fill(request, model, recipe, calibration, plan, budget)
             return await self._result(await self._events(request, progress, budget), budget)
 
-    async def inspect(self, model: Any, recipe: Recipe | None, timeout: float | None) -> Inspection:
+    async def inspect(
+        self, model: Any, recipe: Recipe | None, calibration: Any, timeout: float | None
+    ) -> Inspection:
         """See `Client.inspect`."""
         with self._call("inspect"):
             budget = self._budget(timeout)
             request = pruning_pb2.InspectRequest(model=await self._send_model(model, budget))
             if recipe is not None:
                 request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
+            await self._send_calibration(request, calibration, budget)
             response = await self._transport.unary("Inspect", request, budget.left())
             return _wire.from_wire(response.inspection, Inspection)
 
@@ -276,15 +279,18 @@ class Calls:
         request.model.CopyFrom(await self._send_model(model, budget))
         if recipe is not None:
             request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
-        if calibration is not None:
-            request.calibration.SetInParent()  # an empty folder is not the same as none
-            parts = await self._transport.blocking(calibration_sources, calibration)
-            for name, source in parts:
-                content = await self._send(source, budget)
-                request.calibration.parts.add(name=name, content=content)
+        await self._send_calibration(request, calibration, budget)
         if plan is not None:
             text = Source(plan.to_json().encode())
             request.plan.CopyFrom(await self._send(text, budget))
+
+    async def _send_calibration(self, request: Any, calibration: Any, budget: _Budget) -> None:
+        if calibration is None:
+            return
+        request.calibration.SetInParent()  # an empty folder is not the same as none
+        for name, source in await self._transport.blocking(calibration_sources, calibration):
+            content = await self._send(source, budget)
+            request.calibration.parts.add(name=name, content=content)
 
     async def _result(self, result: Any, budget: _Budget) -> Result:
         weights = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable
 
 import secateur
@@ -36,6 +37,8 @@ def page(report: Report, title: str) -> str:
         _drift(report),
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
+        *_sensitivity(report),
+        *_repair(report),
         "<h2>What stays, and why</h2>",
         _frozen(report),
         "<h2>Time</h2>",
@@ -73,12 +76,59 @@ def _drift(report: Report) -> str:
             f"{one.relative_error:.2e}",
             f"{one.cosine:.5f}",
             "–" if one.top1_agreement is None else f"{one.top1_agreement:.1%}",
+            "–" if one.kl is None else f"{one.kl:.2e}",
         )
         for one in checked.drift
     )
-    said = f"<p>Ran in ONNX Runtime on {checked.samples} {source}, batch size {sizes}.</p>"
-    heads = ("Output", "Relative error", "Cosine", "Same top-1")
-    return said + _table(heads, rows, numbers=(1, 2, 3))
+    apart = " that nothing was fitted or measured on" if checked.held_back else ""
+    said = f"<p>Ran in ONNX Runtime on {checked.samples} {source}{apart}, batch size {sizes}.</p>"
+    heads = ("Output", "Relative error", "Cosine", "Same top-1", "KL")
+    return said + _table(heads, rows, numbers=(1, 2, 3, 4))
+
+
+_WIDTH, _HEIGHT = 120, 36  # of a curve, in pixels
+_DECADES = (1e-4, 1.0)  # drift at its foot and its head; the scale is logarithmic
+
+
+def _sensitivity(report: Report) -> list[str]:
+    """A curve per group: drift of the outputs against the share of its units that is gone."""
+    if not report.sensitivity:
+        return []
+    units = {group.id: group.units for group in report.groups}
+    foot, head = _DECADES
+    rows = []
+    for one in sorted(report.sensitivity, key=lambda one: -one.drift[-1]):
+        points = []
+        for gone, drift in zip(one.removed, one.drift, strict=True):
+            level = math.log(min(max(drift, foot), head) / foot) / math.log(head / foot)
+            points.append(f"{gone / units[one.group] * _WIDTH:.1f},{_HEIGHT * (1 - level):.1f}")
+        curve = (
+            f'<svg width="{_WIDTH}" height="{_HEIGHT + 2}" role="img" aria-label="drift">'
+            f'<polyline points="{" ".join(points)}" fill="none" stroke="#5b8c5a" '
+            'stroke-width="2"/></svg>'
+        )
+        told = ", ".join(
+            f"{gone}: {drift:.2g}"
+            for gone, drift in zip(one.removed[1:], one.drift[1:], strict=True)
+        )
+        rows.append((f"<code>{html.escape(one.group)}</code>", curve, told))
+    said = (
+        "<p>Drift of the outputs when the least important units of one group go and their "
+        f"consumers are compensated; the curves reach from {foot:g} to {head:g}, by powers of ten."
+    )
+    return ["<h2>Sensitivity</h2>", said, _table(("Group", "", "Units gone: drift"), rows)]
+
+
+def _repair(report: Report) -> list[str]:
+    """Every refit, with the error it began with and the one it left."""
+    if not report.repair:
+        return []
+    rows = (
+        (f"<code>{html.escape(s.node)}</code>", f"{s.error_before:.2e}", f"{s.error_after:.2e}")
+        for s in report.repair
+    )
+    said = "<p>Relative error of each node's output on batches that its fit did not see.</p>"
+    return ["<h2>Repair</h2>", said, _table(("Node", "Before", "After"), rows, numbers=(1, 2))]
 
 
 def _groups(report: Report) -> str:

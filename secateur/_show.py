@@ -163,6 +163,9 @@ def inspection(found: Inspection) -> None:
     )
     console.print(_groups(found.groups))
     _frozen(console, found.frozen)
+    if found.sensitivity:
+        console.print("drift of the outputs when the least important units of one group go:")
+        console.print(_sensitivity(found))
 
 
 def profile(found: Profile, model: pathlib.Path, against: pathlib.Path | None) -> None:
@@ -251,11 +254,39 @@ def _groups(groups: Iterable[Group]) -> rich.table.Table:
     return table
 
 
+_LEVELS = "▁▂▃▄▅▆▇█"
+_LEAST = 1e-4  # drift at the foot of a curve; each step up is half a power of ten
+
+
+def _sensitivity(found: Inspection) -> rich.table.Table:
+    """One row per group, the most sensitive first."""
+    units = {group.id: group.units for group in found.groups}
+    table = rich.table.Table(box=None, pad_edge=False)
+    table.add_column("group", overflow="ellipsis", no_wrap=True, max_width=40)
+    table.add_column("units", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("gone: drift")
+    rows = sorted(found.sensitivity, key=lambda one: -one.drift[-1])
+    for one in rows[:_ROWS]:
+        curve = "".join(
+            _LEVELS[min(max(round(2 * math.log10(max(d, _LEAST) / _LEAST)), 0), len(_LEVELS) - 1)]
+            for d in one.drift[1:]
+        )
+        points = zip(one.removed[1:], one.drift[1:], strict=True)
+        text = "  ".join(f"{gone}: {drift if drift > 1e-9 else 0:.2g}" for gone, drift in points)
+        table.add_row(rich.markup.escape(one.group), str(units[one.group]), curve, text)
+    if len(rows) > _ROWS:
+        table.add_row("…", "", "", f"{len(rows) - _ROWS} more groups; see --json")
+    return table
+
+
 def _drift(console: rich.console.Console, drift: tuple[Drift, ...]) -> None:
     for one in drift[:_REASONS]:
         text = f"drift of {one.output}: {one.relative_error:.2e} relative, cosine {one.cosine:.5f}"
         if one.top1_agreement is not None:
             text += f", same top-1 in {one.top1_agreement:.1%}"
+        if one.kl is not None:
+            text += f", KL {one.kl:.2e}"
         console.print(text, markup=False)
     if len(drift) > _REASONS:
         console.print(f"and {len(drift) - _REASONS} more outputs")

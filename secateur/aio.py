@@ -72,10 +72,14 @@ class Client:
         return await self._calls.prune(model, recipe, calibration, plan, progress, timeout)
 
     async def inspect(
-        self, model: Any, recipe: Recipe | None = None, timeout: float | None = None
+        self,
+        model: Any,
+        recipe: Recipe | None = None,
+        calibration: Any = None,
+        timeout: float | None = None,
     ) -> Inspection:
         """Tells what can go in a model, what must stay and why. See `secateur.Client.inspect`."""
-        return await self._calls.inspect(model, recipe, timeout)
+        return await self._calls.inspect(model, recipe, calibration, timeout)
 
     async def profile(
         self, model: Any, against: Any = None, timeout: float | None = None

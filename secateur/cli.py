@@ -50,6 +50,10 @@ def main() -> None:
 
 Model = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Calibration = Annotated[
+    pathlib.Path | None,
+    typer.Option(metavar="PATH", help="An .npz, or a folder of them; no labels needed."),
+]
 RecipeFile = Annotated[
     pathlib.Path | None,
     typer.Option(metavar="FILE.yaml", help="Read the recipe here; flags override its fields."),
@@ -150,10 +154,7 @@ def prune(
         str | None,
         typer.Option(metavar="NAME", help="How units are ranked; see docs/guide.md."),
     ] = None,
-    calibration: Annotated[
-        pathlib.Path | None,
-        typer.Option(metavar="PATH", help="An .npz, or a folder of them; no labels needed."),
-    ] = None,
+    calibration: Calibration = None,
     repair: Annotated[
         bool | None,
         typer.Option("--repair/--no-repair", help="Refit what is left (with --calibration)."),
@@ -232,13 +233,23 @@ def inspect(
     granularity: Granularity = None,
     ignore: Ignore = None,
     recipe: RecipeFile = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure what a cut of each group does to the outputs (with --calibration).",
+        ),
+    ] = False,
+    calibration: Calibration = None,
     connection: Connection = NONE,
     as_json: Json = False,
 ) -> None:
     """Tell what can go in MODEL, what must stay and why."""
     wanted = _recipe(recipe, {"granularity": _kinds(granularity), "ignore": ignore or None})
+    if sensitivity != (calibration is not None):
+        raise typer.BadParameter("--sensitivity and --calibration go together")
     with _engine(connection) as engine:
-        found = engine.inspect(model, wanted)
+        found = engine.inspect(model, wanted, calibration=calibration)
     if as_json:
         typer.echo(json.dumps(_show.plain(found)))
     else:

@@ -100,10 +100,17 @@ class Client:
         return run(self._calls.prune(model, recipe, calibration, plan, progress, timeout))
 
     def inspect(
-        self, model: Any, recipe: Recipe | None = None, timeout: float | None = None
+        self,
+        model: Any,
+        recipe: Recipe | None = None,
+        calibration: Any = None,
+        timeout: float | None = None,
     ) -> Inspection:
-        """Tells what can go in a model, what must stay and why. Arguments and errors as `prune`."""
-        return run(self._calls.inspect(model, recipe, timeout))
+        """Tells what can go in a model, what must stay and why. Arguments and errors as `prune`.
+
+        With calibration data, also what a cut of each group does to the outputs.
+        """
+        return run(self._calls.inspect(model, recipe, calibration, timeout))
 
     def profile(self, model: Any, against: Any = None, timeout: float | None = None) -> Profile:
         """Measures a model, and `against` alternately with it. Arguments and errors as `prune`."""

@@ -101,6 +101,7 @@ class Jobs:
             job = self._job("inspect", folder, recipe=_recipe(request))
             job["model"] = await self._place_model(client, request.model, folder / "model")
             job["external_data"] = bool(request.model.external_data)
+            job["calibration"] = await self._place_calibration(client, request, folder)
             await self._finish(client, job)
             found: Inspection = await asyncio.to_thread(
                 _load, folder / "inspection.json", Inspection

@@ -83,13 +83,11 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
     def tell(progress: Progress) -> None:
         channel.send({"progress": progress.model_dump(mode="json")})
 
-    if job["calibration"]:
-        _check_decompressed(folder / job["calibration"], job["max_decompressed_bytes"])
     plan = Plan.load(folder / "plan.json") if job["plan"] else None
     result = engine.prune(
         folder / job["model"],
         _recipe(job),
-        calibration=folder / job["calibration"] if job["calibration"] else None,
+        calibration=_calibration(job, folder),
         plan=plan,
         progress=tell,
         external_data=job["external_data"],
@@ -102,10 +100,19 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
     _write(folder / "report.json", result.report)
 
 
+def _calibration(job: Job, folder: pathlib.Path) -> pathlib.Path | None:
+    if not job["calibration"]:
+        return None
+    path = folder / str(job["calibration"])
+    _check_decompressed(path, job["max_decompressed_bytes"])
+    return path
+
+
 def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
     found = engine.inspect(
         folder / job["model"],
         _recipe(job),
+        calibration=_calibration(job, folder),
         external_data=job["external_data"],
         max_nodes=job["max_nodes"],
     )

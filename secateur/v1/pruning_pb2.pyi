@@ -135,12 +135,14 @@ class PruneMetadata(_message.Message):
     def __init__(self, progress: _Optional[_Union[_report_pb2.Progress, _Mapping]] = ..., state: _Optional[_Union[OperationState, str]] = ..., queue_position: _Optional[int] = ..., attempts: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., estimated_end_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
-    __slots__ = ("model", "recipe")
+    __slots__ = ("model", "recipe", "calibration")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     model: Payload
     recipe: _recipe_pb2.Recipe
-    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ...) -> None: ...
+    calibration: Calibration
+    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ...) -> None: ...
 
 class InspectResponse(_message.Message):
     __slots__ = ("inspection",)

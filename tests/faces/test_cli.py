@@ -24,6 +24,7 @@ from secateur.report import Cost, Frozen, Group, Inspection
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 CNN = DIGITS / "digits_cnn.onnx"
+CALIBRATION = DIGITS / "calibration.npz"
 
 Run = Callable[..., Any]
 
@@ -263,6 +264,33 @@ def test_inspect_shows_groups_and_reasons(run: Run) -> None:
     assert "channel" in done.stdout and "GRAPH_OUTPUT" in done.stdout
     found = secateur.Inspection.model_validate_json(run("inspect", CNN, "--json").stdout)
     assert found == secateur.inspect(CNN)
+
+
+def test_inspect_measures_sensitivity(run: Run) -> None:
+    flags = ["--sensitivity", "--calibration", CALIBRATION]
+    done = run("inspect", CNN, *flags)
+    assert done.exit_code == 0, done.output
+    assert "█" in done.stdout or "▇" in done.stdout
+    found = secateur.Inspection.model_validate_json(run("inspect", CNN, *flags, "--json").stdout)
+    assert found == secateur.inspect(CNN, calibration=CALIBRATION)
+    assert {one.group for one in found.sensitivity} == {group.id for group in found.groups}
+    assert run("inspect", CNN, "--sensitivity").exit_code == 2
+    assert run("inspect", CNN, *flags[1:]).exit_code == 2
+
+
+def test_a_repaired_result_is_reported(run: Run, out: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "report.html"
+    done = run(
+        "prune", CNN, "-o", out, "--target", "macs=0.4", "--calibration", CALIBRATION,
+        "--report", page, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = secateur.Report.model_validate(json.loads(done.stdout)["report"])
+    assert report.verification.held_back
+    assert report.repair
+    text = page.read_text()
+    assert "<h2>Sensitivity</h2>" in text and "<polyline" in text
+    assert all(step.node in text for step in report.repair)
 
 
 def test_inspect_stays_readable_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
