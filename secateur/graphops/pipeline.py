@@ -325,7 +325,6 @@ def inspect(
     recipe: Recipe | None = None,
     *,
     calibration: CalibrationSource | None = None,
-    progress: ProgressCallback | None = None,
     external_data: bool = True,
     max_nodes: int | None = None,
 ) -> Inspection:
@@ -336,12 +335,12 @@ def inspect(
         recipe: what it ignores, and which kinds may go.
         calibration: as for `prune`; with it, what a cut of each group does to the outputs is
             measured. Without it nothing is run.
-        progress, external_data, max_nodes: as for `prune`.
+        external_data, max_nodes: as for `prune`.
 
     Raises:
         Refused: the model cannot be opened, or an ignore glob matches nothing.
     """
-    clock = _Clock(progress)
+    clock = _Clock(None)
     opened = open_model(model, external_data=external_data, max_nodes=max_nodes)
     samples = None
     if calibration is not None:
