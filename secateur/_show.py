@@ -31,6 +31,7 @@ from secateur.report import (
     Profile,
     Progress,
     ProgressCallback,
+    Region,
     Report,
     Stage,
 )
@@ -166,6 +167,7 @@ def inspection(found: Inspection) -> None:
     if found.sensitivity:
         console.print("drift of the outputs when the least important units of one group go:")
         console.print(_sensitivity(found))
+    _regions(console, found.regions)
 
 
 def profile(found: Profile, model: pathlib.Path, against: pathlib.Path | None) -> None:
@@ -308,6 +310,30 @@ def _frozen(console: rich.console.Console, frozen: tuple[Frozen, ...]) -> None:
         console.print(f"stays: {kept} channels, {what}{at}{also}", markup=False)
     if len(channels) > _REASONS:
         console.print(f"and {len(channels) - _REASONS} more reasons; see --json")
+
+
+def _regions(console: rich.console.Console, regions: tuple[Region, ...]) -> None:
+    """Parts that can go whole, the smallest first; and layers that are in none."""
+    offered = [one for one in regions if not one.refused]
+    held = [one for one in regions if one.refused]
+    console.print(f"{len(offered)} regions can be left out whole; {len(held)} layers are in none")
+    table = rich.table.Table(box=None, pad_edge=False)
+    for name in ("layers", "MACs", "params"):
+        table.add_column(name, justify="right")
+    for name in ("from", "to"):
+        table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=40)
+    smallest = sorted(offered, key=lambda one: len(one.layers))[:_REASONS]
+    for one in smallest:
+        cells = (str(len(one.layers)), _count(one.macs), _count(one.params), one.entry, one.exit)
+        table.add_row(*map(rich.markup.escape, cells))
+    if offered:
+        console.print(table)
+    if len(offered) > len(smallest):
+        console.print(f"and {len(offered) - len(smallest)} more regions; see --json")
+    for one in held[:_REASONS]:
+        console.print(f"in no region: {one.layers[0]}: {one.refused}", markup=False)
+    if len(held) > _REASONS:
+        console.print(f"and {len(held) - _REASONS} more layers; see --json")
 
 
 def _count(value: float) -> str:

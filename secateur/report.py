@@ -145,6 +145,26 @@ class Frozen(_Value):
     channels: int
 
 
+class Region(_Value):
+    """A part of the model between two values of one shape and type, or why a layer is in none.
+
+    Attributes:
+        entry: the value that takes the place of `exit` when the region goes.
+        exit: the value it ends in; empty in a refusal where paths only meet at the outputs.
+        layers: matrix products with weights in it, by node.
+        macs: multiply-accumulates of one forward pass that go with it.
+        params: weights that go with it.
+        refused: why it may not go; empty when it may.
+    """
+
+    entry: str
+    exit: str
+    layers: tuple[str, ...]
+    macs: int
+    params: int
+    refused: str = ""
+
+
 class RepairStep(_Value):
     """One refit.
 
@@ -180,12 +200,15 @@ class Inspection(_Value):
         groups, frozen: what can go, and reasons for which the rest stays.
         cost: of the model.
         sensitivity: of each group that was tried, where calibration data were given.
+        regions: parts that can be left out whole, nested ones at every level; then the layers
+            that are in none, with reasons.
     """
 
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     cost: Cost
     sensitivity: tuple[Sensitivity, ...] = ()
+    regions: tuple[Region, ...] = ()
 
 
 class Report(_Value):

@@ -9,7 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,13 +27,16 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.normalise import unshare
-from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
+from secateur.graphops.model.opening import ModelSource, OpenedModel, node_label, open_model
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.model.writing import Serialised, serialise
 from secateur.graphops.planning import cost, planner, replay, sensitivity
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
 from secateur.graphops.profile import measure
+from secateur.graphops.regions import find as found
+from secateur.graphops.regions.costs import Costs
+from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.repair.repair import repair
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify import verify as checks
@@ -50,6 +53,7 @@ from secateur.report import (
     Profile,
     Progress,
     ProgressCallback,
+    Region,
     RepairStep,
     Report,
     Sensitivity,
@@ -360,6 +364,7 @@ def inspect(
             macs=cost.macs(analysed.coupling).of(keep), params=analysed.params, bytes=opened.size
         ),
         sensitivity=_sensitivities(analysed.coupling, curves),
+        regions=_regions(analysed, recipe),
     )
 
 
@@ -487,6 +492,35 @@ def _group(group: UnitGroup, keep: Mask) -> Group:
         tensors=tuple(f"{name}[{axis}]" for name, axis in group.axes),
         normalised_by=group.normalised_by,
     )
+
+
+def _regions(analysed: _Analysed, recipe: Recipe) -> tuple[Region, ...]:
+    """What can be left out whole; then the layers that cannot."""
+    graph = FlowGraph(analysed.graph, analysed.coupling, recipe.ignore)
+    costs = Costs(graph, analysed.copies)
+    places = {node_label(node): place for place, node in enumerate(graph.nodes)}
+    regions, refusals = found.find(graph)
+
+    def value(
+        one: found.Region | found.Refusal,
+        nodes: frozenset[int],
+        layers: Iterable[int],
+        refused: str = "",
+    ) -> Region:
+        saved = costs.of(nodes)
+        return Region(
+            entry=one.entry,
+            exit=one.exit,
+            layers=tuple(node_label(graph.nodes[place]) for place in sorted(layers)),
+            macs=round(saved["macs"]),
+            params=round(saved["params"]),
+            refused=refused,
+        )
+
+    offered = [value(one, one.nodes, one.layers) for one in regions]
+    alone = [(refusal, frozenset({places[refusal.node]})) for refusal in refusals]
+    held = [value(refusal, place, place, refusal.detail) for refusal, place in alone]
+    return (*offered, *held)
 
 
 def _frozen(coupling: Coupling) -> tuple[Frozen, ...]:

@@ -174,16 +174,34 @@ class Sensitivity(_message.Message):
     def __init__(self, group: _Optional[str] = ..., removed: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Inspection(_message.Message):
-    __slots__ = ("groups", "frozen", "cost", "sensitivity")
+    __slots__ = ("groups", "frozen", "cost", "sensitivity", "regions")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     SENSITIVITY_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     frozen: _containers.RepeatedCompositeFieldContainer[Frozen]
     cost: Cost
     sensitivity: _containers.RepeatedCompositeFieldContainer[Sensitivity]
-    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ...) -> None: ...
+    regions: _containers.RepeatedCompositeFieldContainer[Region]
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., cost: _Optional[_Union[Cost, _Mapping]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ...) -> None: ...
+
+class Region(_message.Message):
+    __slots__ = ("entry", "exit", "layers", "macs", "params", "refused")
+    ENTRY_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MACS_FIELD_NUMBER: _ClassVar[int]
+    PARAMS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    entry: str
+    exit: str
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    macs: int
+    params: int
+    refused: str
+    def __init__(self, entry: _Optional[str] = ..., exit: _Optional[str] = ..., layers: _Optional[_Iterable[str]] = ..., macs: _Optional[int] = ..., params: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
 
 class Profile(_message.Message):
     __slots__ = ("model", "against", "latency_ratio", "drift")

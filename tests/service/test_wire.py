@@ -38,6 +38,7 @@ VERIFICATION = report.Verification(
 )
 
 SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
+REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
@@ -51,9 +52,16 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (FROZEN, report_pb2.Frozen),
     (VERIFICATION, report_pb2.Verification),
     (SENSITIVITY, report_pb2.Sensitivity),
+    (REGION, report_pb2.Region),
     (STEP, report_pb2.RepairStep),
     (
-        report.Inspection(groups=(GROUP,), frozen=(FROZEN,), cost=COST, sensitivity=(SENSITIVITY,)),
+        report.Inspection(
+            groups=(GROUP,),
+            frozen=(FROZEN,),
+            cost=COST,
+            sensitivity=(SENSITIVITY,),
+            regions=(REGION,),
+        ),
         report_pb2.Inspection,
     ),
     (

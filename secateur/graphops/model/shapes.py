@@ -57,6 +57,7 @@ class Shapes:
         second: shapes under the second.
         values: small constants and shape arithmetic, under the first binding.
         second_values: the same under the second.
+        elements: ONNX element types, by name, where known.
     """
 
     inputs: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -64,6 +65,7 @@ class Shapes:
     second: Mapping[str, Shape]
     values: Mapping[str, Array]
     second_values: Mapping[str, Array]
+    elements: Mapping[str, int]
 
     def of(self, name: str) -> Shape | None:
         """The shape under the first binding, None when not even the rank is known."""
@@ -109,7 +111,7 @@ def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = 
         except _InvalidBinding:
             continue
         inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
-        return Shapes(inputs, first[0], second[0], first[1], second[1])
+        return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
     raise AssertionError("the last attempt is not strict and cannot fail")
 
 
@@ -293,8 +295,8 @@ class _Skeleton:
 
     def infer(
         self, binding: Mapping[str, tuple[int, ...]], strict: bool
-    ) -> tuple[dict[str, Shape], dict[str, Array]]:
-        """Shapes and values under one binding.
+    ) -> tuple[dict[str, Shape], dict[str, Array], dict[str, int]]:
+        """Shapes, values and element types under one binding.
 
         Raises:
             _InvalidBinding: with `strict`, when the sizes contradict the model.
@@ -312,7 +314,8 @@ class _Skeleton:
         values = dict(self._known)
         for step in self._steps:
             self._visit(step, types, shapes, values, strict)
-        return {name: shape for name, shape in shapes.items() if shape is not None}, values
+        elements = {name: found.tensor_type.elem_type for name, found in types.items()}
+        return {name: s for name, s in shapes.items() if s is not None}, values, elements
 
     def _whole_graph(self, strict: bool) -> list[onnx.ValueInfoProto]:
         try:

@@ -7,6 +7,7 @@ evaluates them as often as it likes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,25 @@ def params(coupling: Coupling) -> Cost:
             if tensor.dtype not in _NO_PARAMETERS
         ],
     )
+
+
+def macs_by_node(coupling: Coupling) -> dict[str, float]:
+    """Multiply-accumulates of one sample, nothing cut, by label of the node."""
+    divisor = _batch(coupling)
+    found: dict[str, float] = {}
+    for term in coupling.macs:
+        sizes = [_size(coupling, name, axis) for name, axis in term.axes]
+        found[term.node] = found.get(term.node, 0.0) + math.prod(sizes) / divisor
+    return found
+
+
+def elements_by_constant(coupling: Coupling) -> dict[str, int]:
+    """Elements of each constant that holds weights, nothing cut."""
+    return {
+        name: tensor.size
+        for name, tensor in coupling.constants.items()
+        if tensor.dtype not in _NO_PARAMETERS
+    }
 
 
 def count_params(model: ir.Model) -> int:

@@ -45,7 +45,7 @@ def cut(
     kept = _slice_constants(result.graph, surgeon)
     _resize_values(result.graph, surgeon)
     _merge_copies(result.graph, kept, copies)
-    _drop_unread(result.graph, _unread(model.graph))
+    drop_unread(result.graph, unread(model.graph))
     entries = tuple(
         KeptTensor(tensor=name, source=copies.get(name, name), axes=axes)
         for name, axes in kept.items()
@@ -144,7 +144,7 @@ def _merge_copies(graph: ir.Graph, kept: Kept, copies: Mapping[str, str]) -> Non
             kept.pop(name, None)
 
 
-def _unread(graph: ir.Graph) -> set[str]:
+def unread(graph: ir.Graph) -> set[str]:
     """Initializers, and first outputs of nodes, that nothing reads."""
     nodes = {
         str(node.outputs[0].name)
@@ -154,7 +154,7 @@ def _unread(graph: ir.Graph) -> set[str]:
     return nodes | {str(name) for name, value in graph.initializers.items() if not value.uses()}
 
 
-def _drop_unread(graph: ir.Graph, before: set[str]) -> None:
+def drop_unread(graph: ir.Graph, before: set[str]) -> None:
     """Removes shape arithmetic whose readers now read constants; what was dead before stays.
 
     Args:
@@ -162,8 +162,8 @@ def _drop_unread(graph: ir.Graph, before: set[str]) -> None:
         before: names of what nothing read in the original.
     """
     for node in reversed(list(graph)):
-        unread = not any(output.uses() or output.is_graph_output() for output in node.outputs)
-        if unread and str(node.outputs[0].name) not in before:
+        dead = not any(output.uses() or output.is_graph_output() for output in node.outputs)
+        if dead and str(node.outputs[0].name) not in before:
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         listed = value.is_graph_output() or value.is_graph_input()
