@@ -227,10 +227,13 @@ _DENIED: dict[str, tuple[int, int | None]] = {
     "uselib": (134, _NO),
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL, _TGKILL, _PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+_PRCTL, _FCNTL = (157, 167), (72, 25)
 _NEWEST = 451  # cachestat; later calls are refused as by an older kernel until this file knows them
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE_THREAD = 0x00010000
+_PR_SET_PDEATHSIG = 1
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
 
 # of struct seccomp_data; both architectures are little-endian: an argument's low half comes first
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
@@ -274,6 +277,17 @@ def _program(machine: str, pid: int) -> Iterator[bytes]:
         if numbers[column] is not None:
             yield step(_EQUAL, numbers[column] or 0, if_false=1)
             yield refuse(_EPERM)
+    # refused when an argument is …
+    for numbers, argument, values in (
+        (_PRCTL, 0, [_PR_SET_PDEATHSIG]),  # outliving the server
+        (_FCNTL, 1, [_F_SETOWN, _F_SETSIG, _F_SETOWN_EX]),  # signals to others by way of a pipe
+    ):
+        yield step(_EQUAL, numbers[column], if_false=2 * len(values) + 2)
+        yield step(_LOAD, _FIRST_ARGUMENT + 8 * argument)
+        for value in values:
+            yield step(_EQUAL, value, if_false=1)
+            yield refuse(_EPERM)
+        yield step(_RETURN, _ALLOW)
     # allowed when the first argument is …
     for numbers, compare, values in (
         (_CLONE, _ANY_BIT, [_CLONE_THREAD]),

@@ -49,8 +49,8 @@ Job = dict[str, Any]
 def main() -> None:
     """Works until the server goes away."""
     parent, home, *model_and_feeds = sys.argv[1:]
-    gaps = jail.enter(pathlib.Path(home))
     _die_with_parent(int(parent))
+    gaps = jail.enter(pathlib.Path(home))
     if model_and_feeds:
         peak = pathlib.Path(secateur.__file__).parent / "graphops" / "profile" / "peak.py"
         runpy.run_path(str(peak))["main"](*model_and_feeds)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -52,6 +53,8 @@ ATTACKS = {
     "becoming a program": "os.execv('/bin/true', ['true'])",
     "a child by clone": "call(56 if x86 else 220, 17, 0, 0, 0, 0)",
     "killing the server": "os.kill(parent, 0)",
+    "killing the server by a pipe": "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, parent)",
+    "outliving the server": "call(157 if x86 else 167, 1, 0, 0, 0, 0)",
     "tracing the server": "call(101 if x86 else 117, 16, parent, 0, 0)",
     "limiting the server": "resource.prlimit(parent, resource.RLIMIT_NOFILE)",
     "leaving its group": "os.setsid()",
@@ -63,13 +66,16 @@ ATTACKS = {
 }
 
 ATTACKER = """
-import ctypes, json, os, pathlib, platform, resource, socket, subprocess, sys, threading
+import ctypes, fcntl, json, os, pathlib, platform, resource, socket, subprocess, sys, threading
 from secateur.service import jail
 home, secret, port, *patch = sys.argv[1:]
 port, parent, blob, x86 = int(port), os.getppid(), "blob", platform.machine() == "x86_64"
 if patch:
     platform.machine = lambda: "abacus"
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, as a worker does
 gaps = jail.enter(pathlib.Path(home))
+death = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(death), 0, 0, 0)  # PR_GET_PDEATHSIG
 def call(*arguments):
     ctypes.set_errno(0)
     result = ctypes.CDLL(None, use_errno=True).syscall(*arguments)
@@ -86,7 +92,8 @@ said = {name: outcome(attack) for name, attack in attacks.items()}
 pathlib.Path("mine").write_text("x")
 thread = threading.Thread(target=lambda: said.update(thread=outcome("open(secret)")))
 thread.start(); thread.join()
-print(json.dumps({"gaps": gaps, "said": said, "read": pathlib.Path(blob).read_text()}))
+print(json.dumps({"gaps": gaps, "said": said, "read": pathlib.Path(blob).read_text(),
+    "death": death.value}))
 """
 
 
@@ -137,6 +144,10 @@ def test_an_attack_fails(attacked: dict[str, Any], name: str) -> None:
 
 def test_its_own_files_are_its_own(attacked: dict[str, Any]) -> None:
     assert attacked["read"] == "blob"
+
+
+def test_it_still_ends_with_its_parent(attacked: dict[str, Any]) -> None:
+    assert attacked["death"] == signal.SIGKILL
 
 
 def test_a_missing_wall_is_named_and_the_others_stand(
@@ -283,7 +294,8 @@ def test_system_calls_have_the_kernels_numbers(column: int, header: str) -> None
     known = {name: int(number) for name, number in re.findall(pattern, path.read_text())}
     special = {
         "clone": jail._CLONE, "clone3": jail._CLONE3, "kill": jail._KILL,
-        "tgkill": jail._TGKILL, "prlimit64": jail._PRLIMIT,
+        "tgkill": jail._TGKILL, "prlimit64": jail._PRLIMIT, "prctl": jail._PRCTL,
+        "fcntl": jail._FCNTL,
     }  # fmt: skip
     for name, numbers in {**jail._DENIED, **special}.items():
         assert known.get(name) == numbers[column], name
