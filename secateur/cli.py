@@ -154,6 +154,19 @@ def prune(
         str | None,
         typer.Option(metavar="NAME", help="How units are ranked; see docs/guide.md."),
     ] = None,
+    reduction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sum|mean|max|first", help="Of what the tensors of one unit say of it."
+        ),
+    ] = None,
+    normaliser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|mean|max|isomorphic",
+            help="What makes scores of groups comparable (with --scope global).",
+        ),
+    ] = None,
     calibration: Calibration = None,
     repair: Annotated[
         bool | None,
@@ -194,6 +207,8 @@ def prune(
     flags = {
         "target": _targets(target),
         "criterion": criterion,
+        "reduction": reduction,
+        "normaliser": normaliser,
         "granularity": _kinds(granularity),
         "grouped": grouped,
         "scope": scope,

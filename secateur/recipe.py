@@ -13,7 +13,25 @@ from secateur.errors import Code, refuse
 
 TARGETS = ("channels", "params", "macs")
 BUDGETS = ("macs", "params")  # what a target can count of the whole model
-Criterion = Literal["l1", "l2", "random", "bn_scale", "activation", "reconstruction"]
+Criterion = Literal[
+    "l1",
+    "l2",
+    "lamp",
+    "fpgm",
+    "bn_scale",
+    "random",
+    "activation",
+    "rms",
+    "apoz",
+    "variance",
+    "wanda",
+    "fluctuation",
+    "reconstruction",
+    "taylor",
+    "fisher",
+]
+Reduction = Literal["sum", "mean", "max", "first"]
+Normaliser = Literal["none", "mean", "max", "isomorphic"]
 Granularity = Literal["channel", "head", "head_dim"]
 Grouped = Literal["auto", "whole", "balanced"]
 
@@ -27,8 +45,14 @@ class Recipe(BaseModel):
         target: what is *kept*, as fractions of the original in (0, 1]: `channels` (of every
             group; of all units together with `scope="global"`), `params`, `macs`. Each is met
             from below, as closely as one unit or rounding step allows. Several: all hold.
-        criterion: how units are ranked. `activation` and `reconstruction` need calibration data.
-            None: `reconstruction` with calibration data, else `l2`.
+        criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
+            data, and the last two the extra `gradients`. None: `reconstruction` with calibration
+            data, else `l2`.
+        reduction: of what the tensors that one unit runs through say of it, for criteria that
+            score tensors: norms, scales, distances, activations.
+        normaliser: what makes scores of different groups comparable with `scope="global"`: `mean`
+            or `max` of the group divides them, `isomorphic` replaces them by their rank among the
+            groups of the same structure, which then shrink alike; `none` leaves them.
         granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
             dimensions of every attention head instead of whole heads.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
@@ -52,6 +76,8 @@ class Recipe(BaseModel):
 
     target: dict[str, float] = Field(default_factory=lambda: {"channels": 0.5})
     criterion: Criterion | None = None
+    reduction: Reduction = "sum"
+    normaliser: Normaliser = "mean"
     granularity: tuple[Granularity, ...] = Field(default=("channel", "head"), min_length=1)
     grouped: Grouped = "auto"
     scope: Scope | None = None

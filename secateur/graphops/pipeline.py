@@ -273,7 +273,9 @@ def _decide(
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
-            context = Context(analysed.opened.model, coupling, observed, recipe.seed)
+            context = Context(
+                analysed.opened.model, coupling, observed, recipe.seed, recipe.reduction
+            )
             scores = CRITERIA[recipe.criterion or "l2"](context)
     curves = None
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):

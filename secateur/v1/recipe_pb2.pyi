@@ -16,6 +16,31 @@ class Criterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CRITERION_BN_SCALE: _ClassVar[Criterion]
     CRITERION_ACTIVATION: _ClassVar[Criterion]
     CRITERION_RECONSTRUCTION: _ClassVar[Criterion]
+    CRITERION_LAMP: _ClassVar[Criterion]
+    CRITERION_FPGM: _ClassVar[Criterion]
+    CRITERION_RMS: _ClassVar[Criterion]
+    CRITERION_APOZ: _ClassVar[Criterion]
+    CRITERION_VARIANCE: _ClassVar[Criterion]
+    CRITERION_WANDA: _ClassVar[Criterion]
+    CRITERION_FLUCTUATION: _ClassVar[Criterion]
+    CRITERION_TAYLOR: _ClassVar[Criterion]
+    CRITERION_FISHER: _ClassVar[Criterion]
+
+class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
+    REDUCTION_SUM: _ClassVar[Reduction]
+    REDUCTION_MEAN: _ClassVar[Reduction]
+    REDUCTION_MAX: _ClassVar[Reduction]
+    REDUCTION_FIRST: _ClassVar[Reduction]
+
+class Normaliser(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NORMALISER_UNSPECIFIED: _ClassVar[Normaliser]
+    NORMALISER_NONE: _ClassVar[Normaliser]
+    NORMALISER_MEAN: _ClassVar[Normaliser]
+    NORMALISER_MAX: _ClassVar[Normaliser]
+    NORMALISER_ISOMORPHIC: _ClassVar[Normaliser]
 
 class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -44,6 +69,25 @@ CRITERION_RANDOM: Criterion
 CRITERION_BN_SCALE: Criterion
 CRITERION_ACTIVATION: Criterion
 CRITERION_RECONSTRUCTION: Criterion
+CRITERION_LAMP: Criterion
+CRITERION_FPGM: Criterion
+CRITERION_RMS: Criterion
+CRITERION_APOZ: Criterion
+CRITERION_VARIANCE: Criterion
+CRITERION_WANDA: Criterion
+CRITERION_FLUCTUATION: Criterion
+CRITERION_TAYLOR: Criterion
+CRITERION_FISHER: Criterion
+REDUCTION_UNSPECIFIED: Reduction
+REDUCTION_SUM: Reduction
+REDUCTION_MEAN: Reduction
+REDUCTION_MAX: Reduction
+REDUCTION_FIRST: Reduction
+NORMALISER_UNSPECIFIED: Normaliser
+NORMALISER_NONE: Normaliser
+NORMALISER_MEAN: Normaliser
+NORMALISER_MAX: Normaliser
+NORMALISER_ISOMORPHIC: Normaliser
 GRANULARITY_UNSPECIFIED: Granularity
 GRANULARITY_CHANNEL: Granularity
 GRANULARITY_HEAD: Granularity
@@ -58,7 +102,7 @@ SCOPE_GLOBAL: Scope
 SCOPE_MEASURED: Scope
 
 class Recipe(_message.Message):
-    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped")
+    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped", "reduction", "normaliser")
     class TargetEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +119,8 @@ class Recipe(_message.Message):
     REPAIR_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     GROUPED_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    NORMALISER_FIELD_NUMBER: _ClassVar[int]
     target: _containers.ScalarMap[str, float]
     criterion: Criterion
     granularity: _containers.RepeatedScalarFieldContainer[Granularity]
@@ -84,4 +130,6 @@ class Recipe(_message.Message):
     repair: bool
     seed: int
     grouped: Grouped
-    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ...) -> None: ...
+    reduction: Reduction
+    normaliser: Normaliser
+    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., normaliser: _Optional[_Union[Normaliser, str]] = ...) -> None: ...

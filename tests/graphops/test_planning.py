@@ -18,6 +18,7 @@ import secateur
 from secateur.errors import Code, Refused
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.planning import cost, planner
+from secateur.graphops.planning.normalisers import normalisers
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 
@@ -123,6 +124,41 @@ def test_global_channels_ranks_all_units_together() -> None:
     assert kept == planned.keep[1:].size // 2
     shares = {planned.keep[group.units].mean() for group in planned.coupling.groups}
     assert len(shares) > 1
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "first", "second", "other"),
+    [
+        ("none", 2.0, 10.0, 5.0),
+        ("mean", 2 / 2.5, 10 / 25, 5 / 6),
+        ("max", 2 / 4, 10 / 40, 5 / 7),
+        ("isomorphic", 2 / 8, 5 / 8, 1 / 2),  # ranks among 8 of one structure, 2 of the other
+    ],
+)
+def test_normalisers_make_groups_comparable(
+    normaliser: Any, first: float, second: float, other: float
+) -> None:
+    net = Net()
+    x = net.conv(net.conv(net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4), 4, 4), 4, 2)
+    net.output(net.dense(net.op("Flatten", net.op("GlobalAveragePool", x)), 2, 3))
+    coupling = Analysis.of(net.bytes()).coupling
+    scores = np.zeros(coupling.count + 1)
+    for group, numbers in zip(
+        coupling.groups, ([1, 2, 3, 4], [10, 20, 30, 40], [5, 7]), strict=True
+    ):
+        scores[group.units] = numbers
+    scales = normalisers(coupling, scores, normaliser)
+    found = [scale(score) for scale, score in zip(scales, (2.0, 10.0, 5.0), strict=True)]
+    assert np.allclose(found, [first, second, other])
+
+
+def test_isomorphic_takes_the_same_share_of_every_structure() -> None:
+    source = small_net()
+    planned = Planned(
+        source, target={"channels": 0.5}, scope="global", criterion="l1", normaliser="isomorphic"
+    )
+    for group in planned.coupling.groups:  # all three are built differently
+        assert abs(planned.keep[group.units].mean() - 0.5) <= 1 / group.units.size
 
 
 def test_local_budgets_shrink_groups_alike() -> None:

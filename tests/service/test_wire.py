@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from secateur import _wire, errors, operation, report
 from secateur.errors import Code, Refusal
-from secateur.recipe import Criterion, Granularity, Grouped, Recipe, Scope
+from secateur.recipe import Criterion, Granularity, Grouped, Normaliser, Recipe, Reduction, Scope
 from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
@@ -124,6 +124,8 @@ def test_enums_have_the_same_values() -> None:
         (recipe_pb2.Criterion, "CRITERION_", Criterion),
         (recipe_pb2.Granularity, "GRANULARITY_", Granularity),
         (recipe_pb2.Grouped, "GROUPED_", Grouped),
+        (recipe_pb2.Normaliser, "NORMALISER_", Normaliser),
+        (recipe_pb2.Reduction, "REDUCTION_", Reduction),
         (recipe_pb2.Scope, "SCOPE_", Scope),
     ):
         wanted = {name.upper() for name in typing.get_args(literal)}
@@ -144,6 +146,8 @@ def test_recipe_comes_back_equal() -> None:
     recipe = Recipe(
         target={"macs": 0.5, "params": 0.1},
         criterion="bn_scale",
+        reduction="max",
+        normaliser="isomorphic",
         granularity=("head",),
         grouped="balanced",
         scope="global",

@@ -3,23 +3,40 @@ score per unit; higher stays longer. One file each, with the paper and the formu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from secateur.graphops.criteria import (
+    activation,
+    apoz,
+    bn_scale,
+    fisher,
+    fluctuation,
+    fpgm,
+    lamp,
+    magnitude,
+    random,
+    reconstruction,
+    rms,
+    taylor,
+    variance,
+    wanda,
+)
+from secateur.graphops.criteria.context import Context, Criterion, Scores
 
-import numpy as np
-import numpy.typing as npt
-
-from secateur.graphops.criteria import activation, bn_scale, magnitude, random, reconstruction
-from secateur.graphops.criteria.context import Context
-
-Scores = npt.NDArray[np.float64]
-
-CRITERIA: dict[str, Callable[[Context], Scores]] = {
+CRITERIA: dict[str, Criterion] = {
     "l1": magnitude.l1,
     "l2": magnitude.l2,
-    "random": random.random,
+    "lamp": lamp.lamp,
+    "fpgm": fpgm.fpgm,
     "bn_scale": bn_scale.bn_scale,
+    "random": random.random,
     "activation": activation.activation,
+    "rms": rms.rms,
+    "apoz": apoz.apoz,
+    "variance": variance.variance,
+    "wanda": wanda.wanda,
+    "fluctuation": fluctuation.fluctuation,
     "reconstruction": reconstruction.reconstruction,
+    "taylor": taylor.taylor,
+    "fisher": fisher.fisher,
 }
 
 __all__ = ["CRITERIA", "Context", "Scores"]

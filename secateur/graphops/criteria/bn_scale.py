@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from secateur.errors import Code, refuse
 from secateur.graphops.criteria import magnitude
-from secateur.graphops.criteria.context import Context
+from secateur.graphops.criteria.context import Context, Part
 
 _SCALE = 1  # input index of BatchNormalization's γ
 
@@ -23,7 +23,8 @@ def bn_scale(context: Context) -> npt.NDArray[np.float64]:
     Raises:
         Refused: `INVALID_RECIPE` when no BatchNormalization acts on anything that can be cut.
     """
-    total, seen = context.zeros(), context.zeros()
+    parts: list[Part] = []
+    passes = np.zeros(context.coupling.count + 1, np.bool_)
     for node in context.model.graph:
         if node.op_type != "BatchNormalization":
             continue
@@ -31,11 +32,10 @@ def bn_scale(context: Context) -> npt.NDArray[np.float64]:
         name = "" if scale is None else str(scale.name)
         tensor = context.coupling.constants.get(name)
         if tensor is not None:
-            gamma = np.abs(tensor.numpy().astype(np.float64))
-            context.add_per_unit(total, name, 0, gamma)
-            context.add_per_unit(seen, name, 0, np.ones_like(gamma))
-    seen[0] = 0
-    if not seen.any():
+            parts.append((name, 0, np.abs(tensor.numpy().astype(np.float64))))
+            passes[context.coupling.axes(name).get(0, 0)] = True
+    passes[0] = False
+    if not passes.any():
         raise refuse(
             Code.INVALID_RECIPE,
             "criterion bn_scale needs BatchNormalization nodes on channels that can be cut",
@@ -43,4 +43,4 @@ def bn_scale(context: Context) -> npt.NDArray[np.float64]:
             found="none",
             hint="Use l2, or export the model without folding BatchNormalization.",
         )
-    return np.where(seen > 0, total, magnitude.l2(context))
+    return np.where(passes, context.reduce(parts), magnitude.l2(context))

@@ -1,8 +1,8 @@
-"""What a criterion may look at."""
+"""What a criterion may look at, and how what it finds becomes one score per unit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,11 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
+from secateur.recipe import Reduction
+
+Scores = npt.NDArray[np.float64]
+# What one axis of one tensor says: (tensor, axis, a value ≥ 0 per position).
+Part = tuple[str, int, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +28,14 @@ class Context:
         coupling: of that model.
         observed: what calibration data show of it, if there are any.
         seed: for criteria that draw.
+        reduction: of what the tensors that a unit runs through say of it.
     """
 
     model: ir.Model
     coupling: Coupling
     observed: Observed | None
     seed: int
+    reduction: Reduction = "sum"
 
     def seen(self, criterion: str) -> Observed:
         """What calibration data show.
@@ -46,17 +53,27 @@ class Context:
             )
         return self.observed
 
-    def add_per_unit(
-        self,
-        total: npt.NDArray[np.float64],
-        name: str,
-        axis: int,
-        values: npt.NDArray[np.float64],
-    ) -> None:
-        """Adds one value per position of a tensor axis to the totals of the units there."""
-        units = self.coupling.axes(name).get(axis)
-        if units is not None:
-            total += np.bincount(units, weights=values, minlength=total.size)
+    def reduce(self, parts: Iterable[Part]) -> Scores:
+        """One score per unit: its positions on one axis are summed, its axes are reduced.
+
+        Args:
+            parts: in the order of the graph, which decides what `first` means. Axes on which
+                nothing can be cut are passed over.
+        """
+        total, axes = self.zeros(), np.zeros(self.coupling.count + 1, np.int64)
+        for name, axis, values in parts:
+            units = self.coupling.axes(name).get(axis)
+            if units is None:
+                continue
+            part = np.bincount(units, weights=values, minlength=total.size)
+            if self.reduction == "max":
+                np.maximum(total, part, out=total)
+            elif self.reduction == "first":
+                np.copyto(total, part, where=axes == 0)
+            else:
+                total += part
+            axes += np.bincount(units, minlength=total.size) > 0
+        return total / np.maximum(axes, 1) if self.reduction == "mean" else total
 
     def weights(self) -> Iterator[tuple[str, ir.TensorProtocol]]:
         """Constants with two or more axes of which some can be cut."""
@@ -64,9 +81,30 @@ class Context:
             if len(tensor.shape) >= 2 and self.coupling.axes(name):
                 yield name, tensor
 
-    def zeros(self) -> npt.NDArray[np.float64]:
+    def zeros(self) -> Scores:
         """One total per unit; entry 0 is for what cannot be cut."""
         return np.zeros(self.coupling.count + 1, np.float64)
 
 
-Criterion = Callable[[Context], npt.NDArray[np.float64]]
+Criterion = Callable[[Context], Scores]
+
+
+def places_of(
+    line: npt.NDArray[np.int32], units: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64] | None:
+    """The positions of each unit along an axis, shape (units, positions per unit).
+
+    Args:
+        line: unit of each position.
+        units: of one group, ascending.
+
+    Returns:
+        None where the units are not on the axis, or not equally often.
+    """
+    order = np.argsort(line, kind="stable")
+    first = np.searchsorted(line[order], units)
+    times = np.searchsorted(line[order], units, "right") - first
+    if not times[0] or (times != times[0]).any():
+        return None
+    places: npt.NDArray[np.int64] = order[first[:, None] + np.arange(times[0])]
+    return places

@@ -26,7 +26,7 @@ from secateur.graphops.calibration.moments import weight_of
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Units
 from secateur.graphops.criteria import magnitude
-from secateur.graphops.criteria.context import Context
+from secateur.graphops.criteria.context import Context, places_of
 
 Matrix = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
@@ -120,13 +120,9 @@ def _consumers(observed: Observed, name: str, units: Units) -> Iterator[Consumer
     for weight, covariance, channels in zip(
         weights, covariances, view.channels(line.size), strict=True
     ):
-        owner = line[channels]
-        order = np.argsort(owner, kind="stable")
-        first = np.searchsorted(owner[order], units)
-        entries = np.searchsorted(owner[order], units, "right") - first
-        if not entries[0] or (entries != entries[0]).any():
+        columns = places_of(line[channels], units)
+        if columns is None:
             continue  # whole groups go: every unit is of one group of the convolution only
-        columns = order[first[:, None] + np.arange(entries[0])]
         variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
         damped = covariance.copy()
         damping = _DAMPING * max(float(np.trace(damped)) / len(damped), _TINY)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.coupling.units import Coupling, UnitGroup
+from secateur.graphops.planning.normalisers import Normalise, normalisers
 from secateur.recipe import Recipe
 
 Mask = npt.NDArray[np.bool_]
@@ -35,10 +36,11 @@ class Step:
 def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
     """All steps in the order in which they may go."""
     protected = _protected(coupling, scores)
+    scales = normalisers(coupling, scores, recipe.normaliser)
     steps: list[Step] = []
     for index, group in enumerate(coupling.groups):
         if group.kind in recipe.granularity:
-            steps += _steps(index, group, scores, protected, recipe)
+            steps += _steps(index, group, scores, scales[index], protected, recipe)
     return sorted(steps, key=lambda step: (step.key, step.group, -step.left))
 
 
@@ -52,7 +54,12 @@ def _protected(coupling: Coupling, scores: Scores) -> Mask:
 
 
 def _steps(
-    index: int, group: UnitGroup, scores: Scores, protected: Mask, recipe: Recipe
+    index: int,
+    group: UnitGroup,
+    scores: Scores,
+    scale: Normalise,
+    protected: Mask,
+    recipe: Recipe,
 ) -> list[Step]:
     """The steps of one group: lowest scores first, kept counts multiples of the rounding."""
     total = group.units.size
@@ -60,7 +67,6 @@ def _steps(
     candidates = group.units[~protected[group.units]]
     order = candidates[np.lexsort((candidates, scores[candidates]))]
     most = min(total - multiple, order.size)
-    mean = float(scores[group.units].mean()) or 1.0
     steps: list[Step] = []
     gone, key = 0, -math.inf
     size = total % multiple or multiple
@@ -71,7 +77,7 @@ def _steps(
         if recipe.scope == "local":
             key = gone / total
         else:
-            key = max(key, float(scores[units].mean()) / mean)
+            key = max(key, scale(float(scores[units].mean())))
         steps.append(Step(key, index, units, total - gone))
     return steps
 
