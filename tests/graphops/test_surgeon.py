@@ -83,6 +83,20 @@ def test_batch_times_channels_is_scaled() -> None:
     runs_at(result, 1, 5)
 
 
+def test_a_batch_computed_from_channels_is_read_from_the_input() -> None:
+    """BLOOM: (batch · heads, …) is divided by the number of heads to find the batch again."""
+    net = Net()
+    x = start(net)
+    first = net.op("Mul", size_of(net, x, 0), net.ints(8))
+    merged = net.op("Reshape", x, net.op("Concat", first, net.ints(6, 6), axis=0))
+    batch = net.op("Div", size_of(net, merged, 0), net.ints(8))
+    image = net.op("Concat", batch, net.ints(8), size_of(net, merged, 1), net.ints(6), axis=0)
+    y = net.op("Reshape", net.op("Tanh", merged), image)
+    z = net.op("Expand", net.op("GlobalAveragePool", y), image)
+    net.output(net.conv(net.op("Add", y, z), 8, 3))
+    runs_at(lawful(net.bytes()), 1, 5)
+
+
 def test_sizes_read_from_the_tensor_itself_follow_by_themselves() -> None:
     net = Net()
     x = start(net)

@@ -345,8 +345,13 @@ class _Skeleton:
                 shapes[name] = array.shape
                 types.pop(name, None)  # less may have been known of it
             return
+        live = live_branch(step.node, values.get(step.inputs[0])) if step.bodies else None
         for body in step.bodies:
-            self._visit_body(step.node, body, types, shapes, values, strict)
+            self._visit_body(step.node, body, types, shapes, values, strict, live in (None, body))
+        if live is not None:
+            for result, inner, _ in body_outputs(step.node, live):
+                if result.name and inner.name in values:
+                    values[result.name] = values[inner.name]
         if strict and (check := _CHECKS.get(step.op_type)) is not None:
             check(step, shapes, values)
         if all(_is_complete(shapes.get(name)) for name in step.outputs if name):
@@ -362,11 +367,12 @@ class _Skeleton:
         shapes: dict[str, Shape | None],
         values: dict[str, Array],
         strict: bool,
+        live: bool,
     ) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
 
-        A loop's body is walked with the shapes of the first turn; what it carries to the next
-        turn with another shape has none that holds.
+        A branch that is never taken says nothing of them. A loop's body is walked with the shapes
+        of the first turn; what it carries to the next turn with another shape has none that holds.
         """
         for inner, outer, scan in body_inputs(node, body):
             known = None if outer is None else types.get(outer.name or "")
@@ -379,7 +385,7 @@ class _Skeleton:
             types[inner.name] = onnx.helper.make_tensor_type_proto(elements, shape)
         for step in self._bodies[body]:
             self._visit(step, types, shapes, values, strict)
-        for result, inner, scan in body_outputs(node, body):
+        for result, inner, scan in body_outputs(node, body) if live else ():
             shape = shapes.get(inner.name or "")
             if shape is None or not result.name:
                 continue
@@ -516,6 +522,13 @@ def bodies(node: ir.Node) -> dict[str, ir.Graph]:
         if attribute.type == ir.AttributeType.GRAPH:
             found[name] = attribute.as_graph()
     return found
+
+
+def live_branch(node: ir.Node, condition: Array | None) -> ir.Graph | None:
+    """The branch of an If that is taken whatever the inputs are; None where that is not known."""
+    if node.op_type != "If" or condition is None or condition.size != 1:
+        return None
+    return bodies(node).get("then_branch" if condition.reshape(-1)[0] else "else_branch")
 
 
 def walk(graph: ir.Graph) -> Iterator[ir.Node]:

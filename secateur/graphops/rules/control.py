@@ -11,16 +11,21 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
-from secateur.graphops.model.shapes import bodies, body_inputs, body_outputs
+from secateur.graphops.model.shapes import bodies, body_inputs, body_outputs, live_branch
 from secateur.graphops.rules.registry import register
 
 
 def couple_if(flow: Flow, node: ir.Node) -> None:
-    """Outputs of the two branches are one."""
+    """Outputs of the two branches are one, unless only one is ever taken."""
     branches = list(bodies(node).values())
     for branch in branches:
         for inner in branch:
             flow.visit(inner)
+    condition = flow.value(node.inputs[0])
+    fixed = flow.shapes.fixed_entries(str(node.inputs[0].name if node.inputs[0] else ""))
+    live = live_branch(node, condition) if fixed is not None and fixed.all() else None
+    if live is not None:
+        branches = [live]
     for index, output in enumerate(node.outputs):
         first, *others = [branch.outputs[index] for branch in branches]
         blocks = flow.blocks(first)

@@ -44,13 +44,14 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         for axis in range(len(shape)) if axes is None else [a % len(shape) for a in axes]:
             flow.freeze_axis(value, axis, node, "INDEXED", "a range not known beforehand")
         return flow.set(node.outputs[0], flow.blocks(value))
+    for axis, part in enumerate(index):
+        if part.step not in (None, 1):
+            # Survivors need not be evenly spaced, and what lies between them keeps the stride.
+            flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "a strided range of channels")
     result = []
     for block in flow.blocks(value):
         cut = tuple(index[axis] for axis in block.axes)
         labels = block.labels[cut]
-        if any(part.step not in (None, 1) and part != slice(None) for part in cut):
-            # Survivors need not be evenly spaced, and what lies between them keeps the stride.
-            flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "a strided range of channels")
         if labels.size != block.labels.size:
             flow.keep_one(labels)
         result.append(Block(block.axes, labels))

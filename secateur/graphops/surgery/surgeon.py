@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.shapes import Array, Shape
+from secateur.graphops.model import arithmetic
+from secateur.graphops.model.shapes import Array, Shape, real_inputs
 
 Mask = npt.NDArray[np.bool_]
 
@@ -90,13 +92,34 @@ class Surgeon:
             if node is None or self.value(current) is None:
                 continue
             seen.add(current)
-            if node.op_type in ("Shape", "Size"):
+            if node.op_type == "Size":
                 if self.changed(node.inputs[0]):
+                    return True
+            elif (read := self._sizes_read(node)) is not None:
+                if read:
                     return True
             else:
                 frontier.extend(node.inputs)
         self._unmeasured |= seen  # a long chain is walked once
         return False
+
+    def _sizes_read(self, node: ir.Node) -> bool | None:
+        """Whether a Shape, or a Gather or Slice of one, reads a size that changes; None for any
+        other node."""
+        source = node
+        if node.op_type in ("Gather", "Slice") and node.inputs[0] is not None:
+            source = node.inputs[0].producer() or node
+        if source.op_type != "Shape":
+            return None
+        tensor = source.inputs[0]
+        axes = np.arange(len(self.shape(tensor)))
+        start, end = source.attributes.get("start"), source.attributes.get("end")
+        axes = axes[slice(start and int(start.value), end and int(end.value))]
+        if node is not source:
+            chosen = [self.value(value) for value in node.inputs[1:]]
+            answer = arithmetic.evaluate(node, [axes, *chosen], self.opset(node))
+            axes = axes if answer is None else answer[0].reshape(-1)
+        return bool(set(axes.tolist()) & set(self.changed_sizes(tensor)))
 
     def opset(self, node: ir.Node) -> int:
         """The version of the node's operator set."""
@@ -175,9 +198,10 @@ class Surgeon:
     ) -> None:
         """Makes the input that names the output's sizes name the new ones.
 
-        Entries that adapt by themselves (-1, a copying 0, sizes computed from a tensor that
-        shrinks) stay; sizes fixed by the model are written down; sizes that follow the inputs
-        but contain channels (batch × heads) are scaled.
+        Entries that adapt by themselves (-1, a copying 0) stay; sizes fixed by the model are
+        written down; sizes that follow the inputs but contain channels (batch × heads) are scaled.
+        Where sizes are computed from a tensor that shrinks, those that follow the inputs are
+        computed from the inputs instead.
 
         Args:
             node: whose first output is meant.
@@ -188,7 +212,8 @@ class Surgeon:
         output = node.outputs[0]
         sizes = self.changed_sizes(output)
         given = self.value(node.inputs[index])
-        if not sizes or given is None:
+        measured = given is not None and self.measures_a_cut(node.inputs[index])
+        if given is None or not (sizes or measured):
             return
         rank = len(self.shape(output))
         places = list(axes) if axes is not None else list(range(rank - given.size, rank))
@@ -196,25 +221,30 @@ class Surgeon:
         assert fixed is not None
         entries = [int(entry) for entry in given]
         written: dict[int, int] = {}
-        scaled: dict[int, tuple[int, int]] = {}
+        scaled: dict[int, Fraction] = {}
         for place, axis in enumerate(places):
             entry = entries[place]
-            if axis not in sizes or entry == -1 or (copies and entry == 0):
+            if entry == -1 or (copies and entry == 0) or (axis not in sizes and not measured):
                 continue
             if entry == 1 and not copies:
                 continue  # Expand by 1 keeps the operand's size
+            whole = int(self.shape(output)[axis] or 1)
             if fixed[place]:
-                written[place] = sizes[axis]
+                written[place] = sizes.get(axis, entry)
             else:
-                scaled[place] = (sizes[axis], int(self.shape(output)[axis] or 1))
+                scaled[place] = Fraction(sizes.get(axis, whole), whole)
         if not written and not scaled:
             return
         for place, size in written.items():
             entries[place] = size
         if fixed.all() or (copies and self._as_constant(node, places, entries, fixed)):
             self.set_input(node, index, entries)
-        else:
+            return
+        traced = self._trace(node.inputs[index], scaled) if measured else None
+        if traced is None:
             self._patch(node, index, written, scaled, len(entries))
+        else:
+            self._compose(node, index, entries, traced)
 
     def _as_constant(
         self, node: ir.Node, places: Sequence[int], entries: list[int], fixed: Mask
@@ -236,12 +266,55 @@ class Surgeon:
                 wild.append(place)
         return len(wild) <= 1
 
+    def _trace(
+        self, given: ir.Value | None, scaled: Mapping[int, Fraction]
+    ) -> dict[int, tuple[ir.Value, int, Fraction]] | None:
+        """Sizes that follow the inputs as multiples of an input's size; None if one is not."""
+        shapes, name = self._coupling.shapes, given.name or "" if given is not None else ""
+        first, second = shapes.values[name], shapes.second_values[name]
+        found: dict[int, tuple[ir.Value, int, Fraction]] = {}
+        for place, factor in scaled.items():
+            for value in real_inputs(self._graph):
+                for axis, (a, b) in enumerate(zip(*shapes.inputs[str(value.name)], strict=True)):
+                    if a != b and int(first[place]) * b == int(second[place]) * a:
+                        multiple = Fraction(int(first[place]), a)
+                        found.setdefault(place, (value, axis, multiple * factor))
+            if place not in found:
+                return None
+        return found
+
+    def _compose(
+        self,
+        node: ir.Node,
+        index: int,
+        entries: Sequence[int],
+        traced: Mapping[int, tuple[ir.Value, int, Fraction]],
+    ) -> None:
+        """Concat(constants and input sizes × multiple), before the node."""
+        name = f"{node.outputs[0].name}__{index}"
+        parts = []
+        for place, entry in enumerate(entries):
+            if place not in traced:
+                parts.append(self._constant(f"{name}_{place}", np.array([entry], np.int64)))
+                continue
+            value, axis, multiple = traced[place]
+            shape = self._insert(node, "Shape", [value], f"{name}_{place}_shape")
+            at = self._constant(f"{name}_{place}_axis", np.array([axis], np.int64))
+            size = self._insert(node, "Gather", [shape, at], f"{name}_{place}_size")
+            for op_type, number in (("Mul", multiple.numerator), ("Div", multiple.denominator)):
+                if number != 1:
+                    by = self._constant(f"{name}_{place}_by", np.array([number], np.int64))
+                    size = self._insert(node, op_type, [size, by], f"{name}_{place}_{op_type}")
+            parts.append(size)
+        attributes = [ir.AttrInt64("axis", 0)]
+        node.replace_input_with(index, self._insert(node, "Concat", parts, name, attributes))
+
     def _patch(
         self,
         node: ir.Node,
         index: int,
         written: dict[int, int],
-        scaled: dict[int, tuple[int, int]],
+        scaled: dict[int, Fraction],
         count: int,
     ) -> None:
         """Where(is written, constant, computed × new / old), before the node."""
@@ -250,10 +323,10 @@ class Surgeon:
         name = f"{node.outputs[0].name}__{index}"
         new = np.ones(count, np.int64)
         old = np.ones(count, np.int64)
-        for place, (numerator, denominator) in scaled.items():
-            new[place], old[place] = numerator, denominator
+        for place, factor in scaled.items():
+            new[place], old[place] = factor.numerator, factor.denominator
         value = computed
-        if scaled:
+        if (new != old).any():
             value = self._insert(
                 node, "Mul", [value, self._constant(f"{name}_new", new)], f"{name}_mul"
             )
@@ -275,9 +348,16 @@ class Surgeon:
             )
         node.replace_input_with(index, value)
 
-    def _insert(self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str) -> ir.Value:
+    def _insert(
+        self,
+        before: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value],
+        name: str,
+        attributes: Sequence[ir.Attr] = (),
+    ) -> ir.Value:
         free = self._free_name(name)
-        node = ir.Node("", op_type, inputs, name=free)
+        node = ir.Node("", op_type, inputs, attributes, name=free)
         node.outputs[0].name = free
         owner = before.graph or self._graph  # the node may stand in a subgraph
         owner.insert_before(before, node)
