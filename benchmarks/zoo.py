@@ -8,6 +8,8 @@ One row per model: outcome, law difference (largest difference from the original
 positions zeroed at their consumers, relative), parameters and MACs removed, what Torch-Pruning
 removes of the same architecture (recorded in the zoo) and, with `--onnxsim`, what onnxsim's
 pruning removes of the same file in the same run; coupling and total time without verification.
+Below the table, for each model on which a rival removes more: how many groups are at the target,
+and what the engine itself says keeps the rest.
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ class Row:
     onnxsim: float | None = None
     coupling: float = 0.0
     total: float = 0.0
+    why: str = ""
+
+    @property
+    def rival(self) -> float:
+        """The most that a rival removes."""
+        return max(self.torch_pruning or 0.0, self.onnxsim or 0.0)
 
     def text(self) -> str:
         """The row as the table shows it."""
@@ -149,7 +157,18 @@ def run(name: str, model: onnx.ModelProto, rivals: tuple[float | None, bool]) ->
         onnxsim=onnxsim_removes(model, before.params) if with_onnxsim else None,
         coupling=seconds["COUPLING"],
         total=total,
+        why=_why(result.report),
     )
+
+
+def _why(report: secateur.Report) -> str:
+    """What kept the rest: groups at the target, and the reasons that keep most positions."""
+    above = [group for group in report.groups if group.kept > 0.5 * group.units + 1]
+    frozen = [
+        f"{f.channels} positions {f.code} at {f.node or 'the face'}" for f in report.frozen[:3]
+    ]
+    groups = f"{len(report.groups) - len(above)} of {len(report.groups)} groups at one half"
+    return "; ".join([groups, *frozen])
 
 
 def main() -> None:
@@ -179,11 +198,10 @@ def main() -> None:
     verified = [row for row in rows if row.outcome.startswith("verified")]
     if not verified:
         sys.exit("no model was verified")
-    less = [
-        row.name
-        for row in verified
-        if row.removed + 0.005 < max(row.torch_pruning or 0.0, row.onnxsim or 0.0)
-    ]
+    less = [row for row in verified if row.removed + 0.005 < row.rival]
+    print()
+    for row in less:
+        print(f"{row.name}: {row.removed:.3f} against {row.rival:.3f}; {row.why}")
     print(
         f"\n{len(rows)} models: {len(verified)} verified, "
         f"{sum('law not kept' in row.outcome for row in rows)} of them without the law, "
@@ -193,7 +211,7 @@ def main() -> None:
         f"median coupling {statistics.median(row.coupling for row in verified):.3f} s, "
         f"worst {max(row.coupling for row in verified):.2f} s; worst total "
         f"{max(row.total for row in verified):.2f} s; a rival removes more on {len(less)}: "
-        + ", ".join(less)
+        + ", ".join(row.name for row in less)
     )
 
 

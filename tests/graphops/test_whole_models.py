@@ -262,6 +262,22 @@ def test_slice_and_gather_on_channels() -> None:
     lawful(net.bytes(), criterion="random")
 
 
+@pytest.mark.parametrize("batch", ["N", 2])
+def test_a_strided_view_that_takes_everything_in_order(batch: Any) -> None:
+    """`as_strided` is exported as a Gather of the flattened tensor by indices that count it."""
+    net = Net()
+    x = net.op("GlobalAveragePool", net.conv(net.input("x", [batch, 4, 6, 6]), 4, 8))
+    size = net.op("Gather", net.op("Shape", x), net.const(np.int64(0)))
+    rows = net.op("Range", net.const(np.int64(0)), size, net.const(np.int64(1)))
+    rows = net.op("Mul", net.op("Reshape", rows, net.ints(-1, 1, 1, 1)), net.const(np.int64(8)))
+    columns = net.const(np.arange(8).reshape(1, 8, 1, 1))
+    flat = net.op("Reshape", x, net.ints(-1))
+    y = net.op("Gather", flat, net.op("Add", rows, columns))
+    net.output(net.conv(y, 8, 3))
+    result = lawful(net.bytes())
+    assert result.report.groups[0].kept == 4
+
+
 def test_nhwc_island_between_transposes() -> None:
     net = Net()
     x = net.conv(net.input("x", [2, 6, 6, 4]), 6, 8)  # read as NCHW with 6 channels

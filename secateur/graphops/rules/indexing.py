@@ -8,6 +8,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks, Labels, simplify, single
 from secateur.graphops.model import arithmetic
+from secateur.graphops.rules import movement
 from secateur.graphops.rules.attributes import (
     KnowsValues,
     integer,
@@ -203,6 +204,8 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
     if size is None or wide is None:
         return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
     axis = integer(node, "axis", 0) % size
+    if _is_reshape(flow, node):
+        return movement.couple_reshape(flow, node)
     known = flow.value(indices)
     if known is None or not flow.shapes.fixed_entries(str(indices.name if indices else "")).all():  # type: ignore[union-attr]
         flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
@@ -215,6 +218,21 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
         elif known is not None:
             result += _gather_block(flow, node, block, axis, known, places)
     return flow.set(node.outputs[0], result)
+
+
+def _is_reshape(flow: Flow, node: ir.Node) -> bool:
+    """Whether all positions of a vector are taken in order, as strided views are exported, in a
+    shape of which at most one size follows the inputs."""
+    data, indices, output = node.inputs[0], node.inputs[1], node.outputs[0]
+    shape, name = flow.shape(output), str(indices.name if indices is not None else "")
+    if rank(flow, data) != 1 or shape is None or flow.opset(node) < 5:
+        return False
+    for values in (flow.shapes.values, flow.shapes.second_values):
+        known = values.get(name)
+        if known is None or not np.array_equal(known.reshape(-1), np.arange(known.size)):
+            return False
+    free = [a for a in range(len(shape)) if not flow.shapes.is_fixed(str(output.name), a)]
+    return flow.shapes.values[name].size == (flow.shape(data) or (0,))[0] and len(free) <= 1
 
 
 def _gather_block(
@@ -241,7 +259,10 @@ def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
         return
     axis = integer(node, "axis", 0) % len(surgeon.shape(data))
     kept, known = surgeon.kept(data, axis), surgeon.value(indices)
-    if kept is None or known is None:
+    if kept is None or known is None or indices is None:
+        return
+    if not surgeon.is_fixed(indices):  # they count all positions of a free size: `_is_reshape`
+        surgeon.become_reshape(node)
         return
     renumbered = np.cumsum(kept) - 1
     wanted = known.astype(np.int64) % kept.size

@@ -167,6 +167,16 @@ class Surgeon:
             return
         node.replace_input_with(index, self._constant(f"{node.outputs[0].name}__{index}", array))
 
+    def become_reshape(self, node: ir.Node) -> None:
+        """Makes a node that only reshapes its first input a Reshape to what is left."""
+        output = node.outputs[0]
+        shapes, name = self._coupling.shapes, str(output.name)
+        axes = range(len(self.shape(output)))
+        entries = [self.size(output, a) if shapes.is_fixed(name, a) else -1 for a in axes]
+        node.op_type = "Reshape"
+        node.attributes.clear()
+        self.set_input(node, 1, entries)
+
     def replace_by_constant(self, value: ir.Value, array: Array) -> None:
         """Makes all readers of a value read a constant; its node is dropped when unread."""
         if not value.is_graph_output():
