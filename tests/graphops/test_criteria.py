@@ -192,7 +192,8 @@ def test_fisher_is_half_the_mean_squared_derivative_of_the_outputs() -> None:
 
 
 def test_derivatives_are_those_of_scaling_what_consumers_read() -> None:
-    """Through a residual, a depthwise convolution and two consumers, against differences."""
+    """Through a residual, a depthwise convolution, a strided slice and two consumers, against
+    differences."""
     draw = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -202,8 +203,10 @@ def test_derivatives_are_those_of_scaling_what_consumers_read() -> None:
 
     def source(gates: np.ndarray) -> bytes:
         net = Net()
-        x = net.input("x", ["N", 3, 4, 4])
+        x = net.input("x", ["N", 3, 8, 8])
         stem = net.op("Sigmoid", net.op("Conv", x, net.const(first, "first")))
+        bounds = ([0, 7], [9, -9], [2, 3], [2, -2])  # of 8 × 8: every other row, and column back
+        stem = net.op("Slice", stem, *(net.const(np.array(b, np.int64)) for b in bounds))
         wide = net.op("Conv", stem, net.const(deep, "deep"), group=4, pads=[1, 1, 1, 1])
         scaled = point * gates[:, None, None].astype(np.float32)
         wide = net.op("Conv", wide, net.const(scaled, "point"))
@@ -212,7 +215,7 @@ def test_derivatives_are_those_of_scaling_what_consumers_read() -> None:
         net.output(net.op("Conv", y, net.const(weight, "last")))
         return net.bytes()
 
-    data = draw.standard_normal((3, 3, 4, 4)).astype(np.float32)
+    data = draw.standard_normal((3, 3, 8, 8)).astype(np.float32)
 
     def outputs(gates: np.ndarray) -> np.ndarray:
         session = ort.InferenceSession(source(gates), providers=["CPUExecutionProvider"])
