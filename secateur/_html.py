@@ -70,15 +70,17 @@ def _drift(report: Report) -> str:
     checked = report.verification
     source = "calibration samples" if checked.from_calibration else "random inputs"
     sizes = ", ".join(map(str, checked.batch_sizes))
+    stages = [(stage.stage, stage.drift) for stage in report.stage_drift] or [("", checked.drift)]
     rows = (
         (
-            f"<code>{html.escape(one.output)}</code>",
+            f"<code>{html.escape(one.output)}</code>{f' after {stage}' if stage else ''}",
             f"{one.relative_error:.2e}",
             f"{one.cosine:.5f}",
             "–" if one.top1_agreement is None else f"{one.top1_agreement:.1%}",
             "–" if one.kl is None else f"{one.kl:.2e}",
         )
-        for one in checked.drift
+        for stage, drift in stages
+        for one in drift
     )
     apart = " that nothing was fitted or measured on" if checked.held_back else ""
     said = f"<p>Ran in ONNX Runtime on {checked.samples} {source}{apart}, batch size {sizes}.</p>"

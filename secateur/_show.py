@@ -144,6 +144,10 @@ def report(found: Report, out: pathlib.Path) -> None:
     samples = "calibration samples" if checked.from_calibration else "random inputs"
     sizes = ", ".join(str(size) for size in checked.batch_sizes)
     console.print(f"ran in ONNX Runtime on {checked.samples} {samples}, batch size {sizes}")
+    for stage in found.stage_drift[:-1]:
+        console.print(f"after {stage.stage}:")
+        _drift(console, stage.drift)
+        console.print(f"after {found.stage_drift[-1].stage}:")
     _drift(console, checked.drift)
     _frozen(console, found.frozen)
     for warning in found.warnings:
@@ -358,7 +362,9 @@ def _milliseconds(value: float) -> str:
 MEASURES: tuple[tuple[str, Any, Any], ...] = (
     ("MACs", lambda cost: cost.macs, _count),
     ("params", lambda cost: cost.params, _count),
+    ("not zero", lambda cost: cost.nonzero, _count),
     ("size", lambda cost: cost.bytes, _bytes),
+    ("compressed", lambda cost: cost.compressed_bytes, _bytes),
     ("latency p50", lambda cost: cost.latency and cost.latency.p50_ms, _milliseconds),
     ("latency p95", lambda cost: cost.latency and cost.latency.p95_ms, _milliseconds),
     ("peak memory", lambda cost: cost.peak_memory_bytes, _bytes),

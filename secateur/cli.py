@@ -70,7 +70,7 @@ ReportFile = Annotated[
 ]
 Granularity = Annotated[
     str | None,
-    typer.Option(metavar="KIND,…", help="Kinds of units that may go: channel, head or head_dim."),
+    typer.Option(metavar="KIND,…", help="What may go: channel, head or head_dim, weight."),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -181,6 +181,27 @@ def prune(
         str | None,
         typer.Option(metavar="local|global|measured", help="How much each group gives up."),
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|N:M|ROWSxCOLS",
+            help="Single weights that become zero, with --granularity weight: 0.7, 2:4, 0.7@4x1.",
+        ),
+    ] = None,
+    weight_criterion: Annotated[
+        str | None,
+        typer.Option(metavar="magnitude|wanda|second_order", help="How single weights are ranked."),
+    ] = None,
+    sparse_initializers: Annotated[
+        bool | None,
+        typer.Option(
+            "--sparse-initializers", help="Store sparse weights as such where that is smaller."
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="int8|int8-dynamic|fp16", help="Quantise what is left."),
+    ] = None,
     ignore: Ignore = None,
     round_to: Annotated[
         int | None, typer.Option(metavar="N", help="Keep multiples of N channels.")
@@ -215,6 +236,10 @@ def prune(
         "ignore": ignore or None,
         "round_to": round_to,
         "repair": repair,
+        "sparsity": sparsity,
+        "weight_criterion": weight_criterion,
+        "sparse_initializers": sparse_initializers,
+        "quantize": quantize,
         "seed": seed,
     }
     if plan is not None and (recipe is not None or any(v is not None for v in flags.values())):

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.errors import Code, refuse
+from secateur.sparsity import Pattern
 
 TARGETS = ("channels", "params", "macs")
 BUDGETS = ("macs", "params")  # what a target can count of the whole model
@@ -32,9 +33,10 @@ Criterion = Literal[
 ]
 Reduction = Literal["sum", "mean", "max", "first"]
 Normaliser = Literal["none", "mean", "max", "isomorphic"]
-Granularity = Literal["channel", "head", "head_dim"]
+Granularity = Literal["channel", "head", "head_dim", "weight"]
 Grouped = Literal["auto", "whole", "balanced"]
-
+WeightCriterion = Literal["magnitude", "wanda", "second_order"]
+Quantize = Literal["int8", "int8_dynamic", "fp16"]
 Scope = Literal["local", "global", "measured"]
 
 
@@ -44,7 +46,8 @@ class Recipe(BaseModel):
     Attributes:
         target: what is *kept*, as fractions of the original in (0, 1]: `channels` (of every
             group; of all units together with `scope="global"`), `params`, `macs`. Each is met
-            from below, as closely as one unit or rounding step allows. Several: all hold.
+            from below, as closely as one unit or rounding step allows. Several: all hold. Empty
+            where only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
             data, and the last two the extra `gradients`. None: `reconstruction` with calibration
             data, else `l2`.
@@ -54,7 +57,8 @@ class Recipe(BaseModel):
             or `max` of the group divides them, `isomorphic` replaces them by their rank among the
             groups of the same structure, which then shrink alike; `none` leaves them.
         granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
-            dimensions of every attention head instead of whole heads.
+            dimensions of every attention head instead of whole heads. `weight`: single weights
+            of what is left, as `sparsity` says.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
@@ -69,6 +73,15 @@ class Recipe(BaseModel):
             slower at other counts, and a budget leaves the choice open.
         repair: refit what is left, layer by layer, to give the original's values on calibration
             data. None: with calibration data.
+        sparsity: which single weights become zero: at least a share (`0.7`), all but N of every M
+            input channels (`2:4`), or blocks of outputs × inputs (`4x1`: half of them;
+            `0.7@4x1`). With `scope="global"` the share is of all layers together.
+        weight_criterion: how single weights are ranked: by `magnitude`, by `wanda`, or by
+            `second_order`, which updates the weights that stay; the last two need calibration
+            data. None: `second_order` with calibration data, else `magnitude`.
+        sparse_initializers: store sparse weights as such where that takes fewer bytes.
+        quantize: what is left to `int8` (QDQ, scales from calibration data), `int8_dynamic`
+            (scales at run time) or `fp16`.
         seed: of everything random. Same input, recipe, seed and version: same bytes.
     """
 
@@ -84,12 +97,67 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = ()
     round_to: int | None = Field(default=None, ge=1, le=1024)
     repair: bool | None = None
+    sparsity: str | None = None
+    weight_criterion: WeightCriterion | None = None
+    sparse_initializers: bool = False
+    quantize: Quantize | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
 
-    @pydantic.field_validator("target")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _check_target(cls, target: dict[str, float]) -> dict[str, float]:
-        if not target:
+    def _no_target_for_weights_alone(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and list(fields.get("granularity") or ()) == ["weight"]:
+            return {"target": {}, **fields}
+        return fields
+
+    @pydantic.field_validator("sparsity", mode="before")
+    @classmethod
+    def _check_sparsity(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        Pattern.parse(str(value))
+        return str(value)
+
+    @pydantic.field_validator("quantize", mode="before")
+    @classmethod
+    def _spell_quantize(cls, value: Any) -> Any:
+        return value.replace("-", "_") if isinstance(value, str) else value
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        weights = "weight" in self.granularity
+        if weights != (self.sparsity is not None):
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "single weights go by granularity=weight and sparsity=… together",
+                nodes=("granularity", "sparsity"),
+                expected="both, or neither",
+                found="granularity=weight alone" if weights else f"sparsity={self.sparsity} alone",
+            )
+        for field in ("weight_criterion", "sparse_initializers"):
+            if getattr(self, field) and not weights:
+                raise refuse(
+                    Code.INVALID_RECIPE,
+                    f"{field} says how single weights go, and none do",
+                    nodes=(field,),
+                    expected="granularity=weight and sparsity=…",
+                    found=", ".join(self.granularity),
+                )
+        if self.sparse_initializers and self.quantize is not None:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "quantised weights are not stored as sparse initializers",
+                nodes=("sparse_initializers", "quantize"),
+                expected="one of them",
+                found="both",
+                hint="An index takes 8 bytes, a dense int8 weight 1.",
+            )
+        self._check_targets_fit()
+        return self
+
+    def _check_targets_fit(self) -> None:
+        structured = set(self.granularity) != {"weight"}
+        if structured and not self.target:
             raise refuse(
                 Code.INVALID_TARGET,
                 "no target was given",
@@ -97,6 +165,18 @@ class Recipe(BaseModel):
                 found="none",
                 hint="Say what to keep, for example macs=0.5.",
             )
+        if not structured and self.target:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "a target counts what leaves whole, and here only single weights go",
+                nodes=("target", "granularity"),
+                expected="sparsity=… alone, or another granularity beside weight",
+                found=", ".join(f"{key}={value:g}" for key, value in self.target.items()),
+            )
+
+    @pydantic.field_validator("target")
+    @classmethod
+    def _check_target(cls, target: dict[str, float]) -> dict[str, float]:
         for key, value in target.items():
             if key not in TARGETS:
                 raise refuse(
@@ -138,13 +218,22 @@ class Recipe(BaseModel):
             Refused: `INVALID_CALIBRATION` when something was asked for that needs them and there
                 are none, `INVALID_RECIPE` for measured scope without a budget.
         """
-        budget = "channels" not in self.target
+        budget = bool(self.target) and "channels" not in self.target
         chosen = {
             "criterion": self.criterion or ("reconstruction" if calibrated else "l2"),
             "scope": self.scope or ("measured" if calibrated and budget else "local"),
             "repair": calibrated if self.repair is None else self.repair,
+            "weight_criterion": self.weight_criterion
+            or ("second_order" if calibrated else "magnitude"),
+            "quantize": self.quantize,
         }
-        for field, needs in (("scope", "measured"), ("repair", True)):
+        for field, needs in (
+            ("scope", "measured"),
+            ("repair", True),
+            ("weight_criterion", "wanda"),
+            ("weight_criterion", "second_order"),
+            ("quantize", "int8"),
+        ):
             if chosen[field] == needs and not calibrated:
                 raise refuse(
                     Code.INVALID_CALIBRATION,

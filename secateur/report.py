@@ -17,6 +17,8 @@ class Stage(enum.StrEnum):
     PLANNING = "PLANNING"
     SURGERY = "SURGERY"
     REPAIR = "REPAIR"
+    SPARSITY = "SPARSITY"
+    QUANTIZE = "QUANTIZE"
     VERIFY = "VERIFY"
     PROFILE = "PROFILE"
 
@@ -54,6 +56,9 @@ class Cost(_Value):
         latency: measured; absent when not asked for.
         peak_memory_bytes: growth of resident memory while a fresh process loads and runs the
             model in ONNX Runtime; absent when not asked for.
+        nonzero: weights that are not zero, before quantisation; absent where no single weights
+            went.
+        compressed_bytes: of the serialised model after zlib; absent where no single weights went.
     """
 
     macs: int
@@ -61,6 +66,8 @@ class Cost(_Value):
     bytes: int
     latency: Latency | None = None
     peak_memory_bytes: int | None = None
+    nonzero: int | None = None
+    compressed_bytes: int | None = None
 
 
 class Drift(_Value):
@@ -193,6 +200,34 @@ class Sensitivity(_Value):
     drift: tuple[float, ...]
 
 
+class SparseWeight(_Value):
+    """What became of one weight matrix whose single weights may go.
+
+    Attributes:
+        node: that reads it.
+        tensor: name of the weight in the result.
+        density: share of its entries that are not zero.
+        error: E‖y − ŷ‖² / E‖y‖² of the node's output for what it reads on calibration data;
+            absent without them.
+        dense: why it was left as it was; empty where it was not.
+        stored_sparse: whether it is stored as a sparse initializer.
+    """
+
+    node: str
+    tensor: str
+    density: float
+    error: float | None = None
+    dense: str = ""
+    stored_sparse: bool = False
+
+
+class StageDrift(_Value):
+    """Drift of the outputs from the original's after one stage: `pruning` or `quantisation`."""
+
+    stage: str
+    drift: tuple[Drift, ...]
+
+
 class Inspection(_Value):
     """What can go, what must stay and why.
 
@@ -220,6 +255,8 @@ class Report(_Value):
         frozen: reasons for which channels stayed.
         sensitivity: of each group that was tried, where the scope was measured.
         repair: every refit, in graph order; empty without repair.
+        sparse_weights: what became of each weight matrix; empty unless single weights went.
+        stage_drift: drift as it grew, stage by stage; empty without quantisation.
         verification: what ONNX Runtime said.
         warnings: things a person should know, such as a result that is slower.
         seconds: wall time of each stage.
@@ -231,6 +268,8 @@ class Report(_Value):
     frozen: tuple[Frozen, ...]
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()
+    sparse_weights: tuple[SparseWeight, ...] = ()
+    stage_drift: tuple[StageDrift, ...] = ()
     verification: Verification
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float]

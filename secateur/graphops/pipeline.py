@@ -34,10 +34,14 @@ from secateur.graphops.planning import cost, planner, replay, sensitivity
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
 from secateur.graphops.profile import measure
+from secateur.graphops.profile.size import compressed
+from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.regions import find as found
 from secateur.graphops.regions.costs import Costs
 from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.repair.repair import repair
+from secateur.graphops.sparsity.sparsify import sparsify
+from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.examples import example_feeds
@@ -57,7 +61,10 @@ from secateur.report import (
     RepairStep,
     Report,
     Sensitivity,
+    SparseWeight,
     Stage,
+    StageDrift,
+    Verification,
 )
 from secateur.result import Result
 
@@ -69,6 +76,8 @@ _BEGINS = {
     Stage.PLANNING: 0.35,
     Stage.SURGERY: 0.6,
     Stage.REPAIR: 0.65,
+    Stage.SPARSITY: 0.8,
+    Stage.QUANTIZE: 0.87,
     Stage.VERIFY: 0.9,
     Stage.PROFILE: 0.95,
 }
@@ -115,6 +124,7 @@ class _Analysed:
     copies: dict[str, str]
     coupling: Coupling
     params: int
+    nonzero: int | None
 
     @property
     def graph(self) -> ir.Graph:
@@ -162,6 +172,7 @@ def prune(
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
         samples = checks.run_original(done.source, done.feeds, calibration is not None)
         verification = checks.verify(done.serialised.runnable, samples, done.held_back)
+        stages = _stage_drift(done, samples, verification)
         del samples
     with clock.stage(Stage.PROFILE, "timing original and result in turns"):
         if measure_latency:
@@ -176,6 +187,8 @@ def prune(
         frozen=done.frozen,
         sensitivity=done.sensitivity,
         repair=done.repair,
+        sparse_weights=done.sparse_weights,
+        stage_drift=stages,
         verification=verification,
         warnings=_warnings(before, after),
         seconds=clock.seconds,
@@ -189,6 +202,7 @@ class _Done:
 
     source: bytes | str
     serialised: Serialised
+    unquantised: Serialised | None
     plan: Plan
     before: Cost
     after: Cost
@@ -196,6 +210,7 @@ class _Done:
     frozen: tuple[Frozen, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
+    sparse_weights: tuple[SparseWeight, ...]
     feeds: Sequence[Feeds]
     held_back: bool
     sample: Feeds
@@ -226,23 +241,44 @@ def _cut(
             with clock.stage(Stage.REPAIR, "refitting what is left"):
                 tell = functools.partial(clock.tell, Stage.REPAIR)
                 steps = repair(pruned, decision.observed, decision.keep, recipe.seed, tell)
-    serialised = serialise(pruned)
+        sparse_weights: tuple[SparseWeight, ...] = ()
+        if recipe.sparsity is not None:
+            with clock.stage(Stage.SPARSITY, f"{recipe.sparsity} by {recipe.weight_criterion}"):
+                seen = () if samples is None else samples.seen
+                tell = functools.partial(clock.tell, Stage.SPARSITY)
+                sparse_weights = sparsify(pruned, analysed.coupling.shapes, recipe, seen, tell)
+    unquantised, serialised = None, serialise(pruned)
+    if recipe.sparse_initializers:
+        serialised, sparse_weights = store_sparse(serialised, sparse_weights)
+    if recipe.quantize is not None:
+        with clock.stage(Stage.QUANTIZE, recipe.quantize):
+            unquantised = serialised
+            serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
     feeds = _examples(analysed) if samples is None else samples.judged
-    macs = cost.macs(analysed.coupling)
+    macs, source = cost.macs(analysed.coupling), _runnable(model, opened)
+    before = Cost(
+        macs=macs.of(np.ones_like(decision.keep)), params=analysed.params, bytes=opened.size
+    )
+    after = Cost(
+        macs=macs.of(decision.keep), params=cost.count_params(pruned), bytes=serialised.size
+    )
+    if sparse_weights:
+        whole = source if isinstance(source, bytes) else pathlib.Path(source)
+        beside = () if serialised.weights is None else (serialised.weights.path,)
+        before = _with_zeros(before, analysed.nonzero, whole)
+        after = _with_zeros(after, cost.count_nonzero(pruned), serialised.model, *beside)
     return _Done(
-        source=_runnable(model, opened),
+        source=source,
         serialised=serialised,
+        unquantised=unquantised,
         plan=Plan(source=opened.sha256, recipe=recipe_asked, kept=kept),
-        before=Cost(
-            macs=macs.of(np.ones_like(decision.keep)), params=analysed.params, bytes=opened.size
-        ),
-        after=Cost(
-            macs=macs.of(decision.keep), params=cost.count_params(pruned), bytes=serialised.size
-        ),
+        before=before,
+        after=after,
         groups=tuple(_group(group, decision.keep) for group in analysed.coupling.groups),
         frozen=_frozen(analysed.coupling),
         sensitivity=_sensitivities(analysed.coupling, decision.curves or {}),
         repair=steps,
+        sparse_weights=sparse_weights,
         feeds=feeds,
         held_back=samples is not None and samples.held_back,
         sample=_one_sample(analysed, feeds[0]),
@@ -263,13 +299,15 @@ def _decide(
 ) -> _Decision:
     """Scores, measures and plans; or reads a plan."""
     coupling, observed = analysed.coupling, None
-    if samples is not None:
+    if samples is not None and recipe.target:
         tell = functools.partial(clock.tell, Stage.CRITERIA)
         observed = Observed(analysed.opened.model, coupling, samples.seen, recipe.seed, tell)
     if plan is not None:
         with clock.stage(Stage.PLANNING, "replaying a plan"):
             keep = replay.units_kept(plan, coupling, analysed.copies, analysed.opened.sha256)
         return _Decision(keep, observed)
+    if not recipe.target:  # single weights alone
+        return _Decision(np.ones(coupling.count + 1, np.bool_), None)
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
@@ -314,6 +352,26 @@ def _collect(size: int) -> None:
     a graph refer to one another, and would wait for a collection that comes too late."""
     if size > _TOGETHER:
         gc.collect()
+
+
+def _with_zeros(found: Cost, nonzero: int | None, *files: bytes | pathlib.Path) -> Cost:
+    """The cost of a model, with what its zeros amount to; compressed where the files are all."""
+    sizes = [len(file) if isinstance(file, bytes) else file.stat().st_size for file in files]
+    shrunk = compressed(*files) if sum(sizes) == found.bytes else None
+    return found.model_copy(update={"nonzero": nonzero, "compressed_bytes": shrunk})
+
+
+def _stage_drift(
+    done: _Done, samples: checks.Samples, verification: Verification
+) -> tuple[StageDrift, ...]:
+    """Drift before quantisation and after it; nothing where there was none."""
+    if done.unquantised is None:
+        return ()
+    first = checks.verify(done.unquantised.runnable, samples, done.held_back)
+    return (
+        StageDrift(stage="pruning", drift=first.drift),
+        StageDrift(stage="quantisation", drift=verification.drift),
+    )
 
 
 def _latencies(done: _Done) -> list[Latency]:
@@ -448,13 +506,14 @@ class _Measured:
 
 def _analyse(opened: OpenedModel, samples: Samples | None, recipe: Recipe) -> _Analysed:
     params = cost.count_params(opened.model)
+    nonzero = None if recipe.sparsity is None else cost.count_nonzero(opened.model)
     copies = dict(unshare(opened.model))
     given = None
     if samples is not None:
         given = {name: array.shape for name, array in samples.seen[0].items()}
     shapes = infer_shapes(opened.model, given)
     coupling = couple(opened.model, shapes, recipe)
-    return _Analysed(opened, copies, coupling, params)
+    return _Analysed(opened, copies, coupling, params, nonzero)
 
 
 def _examples(analysed: _Analysed) -> list[Feeds]:
@@ -547,6 +606,12 @@ def _warnings(before: Cost, after: Cost) -> tuple[str, ...]:
                 f"the result is slower: {after.latency.p50_ms:.3f} ms against "
                 f"{before.latency.p50_ms:.3f} ms (p50), whatever its MACs say"
             )
+    if after.nonzero is not None and after.compressed_bytes is not None:
+        warnings.append(
+            f"{after.nonzero / after.params:.1%} of the weights are not zero. ONNX Runtime's CPU "
+            "kernels multiply zeros as any other number: single weights make nothing faster. The "
+            f"file takes {after.bytes} bytes, and {after.compressed_bytes} compressed"
+        )
     if after.bytes > before.bytes:
         warnings.append(f"the file grew from {before.bytes} to {after.bytes} bytes")
     return tuple(warnings)

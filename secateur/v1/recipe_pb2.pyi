@@ -48,6 +48,21 @@ class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRANULARITY_CHANNEL: _ClassVar[Granularity]
     GRANULARITY_HEAD: _ClassVar[Granularity]
     GRANULARITY_HEAD_DIM: _ClassVar[Granularity]
+    GRANULARITY_WEIGHT: _ClassVar[Granularity]
+
+class WeightCriterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WEIGHT_CRITERION_UNSPECIFIED: _ClassVar[WeightCriterion]
+    WEIGHT_CRITERION_MAGNITUDE: _ClassVar[WeightCriterion]
+    WEIGHT_CRITERION_WANDA: _ClassVar[WeightCriterion]
+    WEIGHT_CRITERION_SECOND_ORDER: _ClassVar[WeightCriterion]
+
+class Quantize(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUANTIZE_UNSPECIFIED: _ClassVar[Quantize]
+    QUANTIZE_INT8: _ClassVar[Quantize]
+    QUANTIZE_INT8_DYNAMIC: _ClassVar[Quantize]
+    QUANTIZE_FP16: _ClassVar[Quantize]
 
 class Grouped(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -92,6 +107,15 @@ GRANULARITY_UNSPECIFIED: Granularity
 GRANULARITY_CHANNEL: Granularity
 GRANULARITY_HEAD: Granularity
 GRANULARITY_HEAD_DIM: Granularity
+GRANULARITY_WEIGHT: Granularity
+WEIGHT_CRITERION_UNSPECIFIED: WeightCriterion
+WEIGHT_CRITERION_MAGNITUDE: WeightCriterion
+WEIGHT_CRITERION_WANDA: WeightCriterion
+WEIGHT_CRITERION_SECOND_ORDER: WeightCriterion
+QUANTIZE_UNSPECIFIED: Quantize
+QUANTIZE_INT8: Quantize
+QUANTIZE_INT8_DYNAMIC: Quantize
+QUANTIZE_FP16: Quantize
 GROUPED_UNSPECIFIED: Grouped
 GROUPED_AUTO: Grouped
 GROUPED_WHOLE: Grouped
@@ -102,7 +126,7 @@ SCOPE_GLOBAL: Scope
 SCOPE_MEASURED: Scope
 
 class Recipe(_message.Message):
-    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped", "reduction", "normaliser")
+    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped", "reduction", "normaliser", "sparsity", "weight_criterion", "sparse_initializers", "quantize")
     class TargetEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +145,10 @@ class Recipe(_message.Message):
     GROUPED_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     NORMALISER_FIELD_NUMBER: _ClassVar[int]
+    SPARSITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_CRITERION_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_INITIALIZERS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZE_FIELD_NUMBER: _ClassVar[int]
     target: _containers.ScalarMap[str, float]
     criterion: Criterion
     granularity: _containers.RepeatedScalarFieldContainer[Granularity]
@@ -132,4 +160,8 @@ class Recipe(_message.Message):
     grouped: Grouped
     reduction: Reduction
     normaliser: Normaliser
-    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., normaliser: _Optional[_Union[Normaliser, str]] = ...) -> None: ...
+    sparsity: str
+    weight_criterion: WeightCriterion
+    sparse_initializers: bool
+    quantize: Quantize
+    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., normaliser: _Optional[_Union[Normaliser, str]] = ..., sparsity: _Optional[str] = ..., weight_criterion: _Optional[_Union[WeightCriterion, str]] = ..., sparse_initializers: _Optional[bool] = ..., quantize: _Optional[_Union[Quantize, str]] = ...) -> None: ...

@@ -18,6 +18,8 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_VERIFY: _ClassVar[Stage]
     STAGE_PROFILE: _ClassVar[Stage]
     STAGE_REPAIR: _ClassVar[Stage]
+    STAGE_SPARSITY: _ClassVar[Stage]
+    STAGE_QUANTIZE: _ClassVar[Stage]
 STAGE_UNSPECIFIED: Stage
 STAGE_LOAD: Stage
 STAGE_COUPLING: Stage
@@ -27,6 +29,8 @@ STAGE_SURGERY: Stage
 STAGE_VERIFY: Stage
 STAGE_PROFILE: Stage
 STAGE_REPAIR: Stage
+STAGE_SPARSITY: Stage
+STAGE_QUANTIZE: Stage
 
 class Progress(_message.Message):
     __slots__ = ("stage", "fraction", "message")
@@ -49,18 +53,22 @@ class Latency(_message.Message):
     def __init__(self, p50_ms: _Optional[float] = ..., p95_ms: _Optional[float] = ..., runs: _Optional[int] = ...) -> None: ...
 
 class Cost(_message.Message):
-    __slots__ = ("macs", "params", "bytes", "latency", "peak_memory_bytes")
+    __slots__ = ("macs", "params", "bytes", "latency", "peak_memory_bytes", "nonzero", "compressed_bytes")
     MACS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     LATENCY_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONZERO_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_BYTES_FIELD_NUMBER: _ClassVar[int]
     macs: int
     params: int
     bytes: int
     latency: Latency
     peak_memory_bytes: int
-    def __init__(self, macs: _Optional[int] = ..., params: _Optional[int] = ..., bytes: _Optional[int] = ..., latency: _Optional[_Union[Latency, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+    nonzero: int
+    compressed_bytes: int
+    def __init__(self, macs: _Optional[int] = ..., params: _Optional[int] = ..., bytes: _Optional[int] = ..., latency: _Optional[_Union[Latency, _Mapping]] = ..., peak_memory_bytes: _Optional[int] = ..., nonzero: _Optional[int] = ..., compressed_bytes: _Optional[int] = ...) -> None: ...
 
 class Drift(_message.Message):
     __slots__ = ("output", "relative_error", "cosine", "top1_agreement", "kl")
@@ -125,7 +133,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +150,8 @@ class Report(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     SENSITIVITY_FIELD_NUMBER: _ClassVar[int]
     REPAIR_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_DRIFT_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -151,7 +161,33 @@ class Report(_message.Message):
     seconds: _containers.ScalarMap[str, float]
     sensitivity: _containers.RepeatedCompositeFieldContainer[Sensitivity]
     repair: _containers.RepeatedCompositeFieldContainer[RepairStep]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ...) -> None: ...
+    sparse_weights: _containers.RepeatedCompositeFieldContainer[SparseWeight]
+    stage_drift: _containers.RepeatedCompositeFieldContainer[StageDrift]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ...) -> None: ...
+
+class SparseWeight(_message.Message):
+    __slots__ = ("node", "tensor", "density", "error", "dense", "stored_sparse")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    STORED_SPARSE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    tensor: str
+    density: float
+    error: float
+    dense: str
+    stored_sparse: bool
+    def __init__(self, node: _Optional[str] = ..., tensor: _Optional[str] = ..., density: _Optional[float] = ..., error: _Optional[float] = ..., dense: _Optional[str] = ..., stored_sparse: _Optional[bool] = ...) -> None: ...
+
+class StageDrift(_message.Message):
+    __slots__ = ("stage", "drift")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    drift: _containers.RepeatedCompositeFieldContainer[Drift]
+    def __init__(self, stage: _Optional[str] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
 
 class RepairStep(_message.Message):
     __slots__ = ("node", "error_before", "error_after")

@@ -87,7 +87,7 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
     flags = ["--target", "channels=0.6", "--target", "params=0.8", "--scope", "global"]
     flags += [
         "--granularity",
-        "channel,head_dim",
+        "channel,head_dim,weight",
         "--grouped",
         "whole",
         "--ignore",
@@ -95,7 +95,8 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
         "--ignore",
         "logits",
     ]
-    flags += ["--round-to", "4", "--seed", "7", "--no-repair"]
+    flags += ["--round-to", "4", "--seed", "7", "--no-repair", "--quantize", "int8-dynamic"]
+    flags += ["--sparsity", "2:4", "--weight-criterion", "wanda"]
     done = run("prune", CNN, "-o", out, "--recipe", recipe, "--save-plan", plan, *flags[:4])
     assert done.exit_code == 0, done.output
     wanted = secateur.Recipe(target={"channels": 0.6, "params": 0.8}, criterion="l1", seed=3)
@@ -107,7 +108,10 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
     assert seen[0][1] == secateur.Recipe(
         target={"channels": 0.6, "params": 0.8},
         criterion="l1",
-        granularity=("channel", "head_dim"),
+        granularity=("channel", "head_dim", "weight"),
+        sparsity="2:4",
+        weight_criterion="wanda",
+        quantize="int8_dynamic",
         grouped="whole",
         scope="global",
         ignore=("*.bias", "logits"),

@@ -66,6 +66,18 @@ def test_every_way_to_hand_in_calibration_gives_the_same(
     assert remote.report.verification.from_calibration
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_single_weights_and_int8_give_the_same_bytes(
+    client: secateur.Client, cnn: pathlib.Path, calibration: pathlib.Path, quantize: str | None
+) -> None:
+    fields = {"granularity": ["weight"], "sparsity": "2:4", "quantize": quantize}
+    recipe = Recipe.parse({name: value for name, value in fields.items() if value})
+    local = secateur.prune(cnn, recipe, calibration=calibration)
+    remote = client.prune(cnn, recipe, calibration=calibration)
+    assert remote.model == local.model
+    assert remote.report.sparse_weights == local.report.sparse_weights
+
+
 def test_plan_replays_to_the_same_bytes(client: secateur.Client, cnn: pathlib.Path) -> None:
     first = client.prune(cnn, HALF)
     assert client.prune(cnn, plan=first.plan).model == first.model

@@ -14,7 +14,17 @@ from google.rpc import error_details_pb2, status_pb2
 
 from secateur import _wire, errors, operation, report
 from secateur.errors import Code, Refusal
-from secateur.recipe import Criterion, Granularity, Grouped, Normaliser, Recipe, Reduction, Scope
+from secateur.recipe import (
+    Criterion,
+    Granularity,
+    Grouped,
+    Normaliser,
+    Quantize,
+    Recipe,
+    Reduction,
+    Scope,
+    WeightCriterion,
+)
 from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
@@ -24,6 +34,8 @@ FULL_COST = report.Cost(
     bytes=3,
     latency=report.Latency(p50_ms=0.5, p95_ms=1.5, runs=9),
     peak_memory_bytes=2**33,
+    nonzero=0,
+    compressed_bytes=2**34,
 )
 DRIFT = (
     report.Drift(output="y", relative_error=0.25, cosine=1.0, top1_agreement=0.0, kl=0.0),
@@ -39,6 +51,8 @@ VERIFICATION = report.Verification(
 
 SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
 REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
+WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
+STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
@@ -54,6 +68,8 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (SENSITIVITY, report_pb2.Sensitivity),
     (REGION, report_pb2.Region),
     (STEP, report_pb2.RepairStep),
+    (WEIGHT, report_pb2.SparseWeight),
+    (STAGE_DRIFT, report_pb2.StageDrift),
     (
         report.Inspection(
             groups=(GROUP,),
@@ -72,6 +88,8 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             frozen=(),
             sensitivity=(SENSITIVITY,),
             repair=(STEP, STEP),
+            sparse_weights=(WEIGHT,),
+            stage_drift=(STAGE_DRIFT,),
             verification=VERIFICATION,
             warnings=("slower",),
             seconds={"LOAD": 0.5, "VERIFY": 0.0},
@@ -127,6 +145,8 @@ def test_enums_have_the_same_values() -> None:
         (recipe_pb2.Normaliser, "NORMALISER_", Normaliser),
         (recipe_pb2.Reduction, "REDUCTION_", Reduction),
         (recipe_pb2.Scope, "SCOPE_", Scope),
+        (recipe_pb2.WeightCriterion, "WEIGHT_CRITERION_", WeightCriterion),
+        (recipe_pb2.Quantize, "QUANTIZE_", Quantize),
     ):
         wanted = {name.upper() for name in typing.get_args(literal)}
         assert enum_names(enum, prefix) == wanted
@@ -148,7 +168,10 @@ def test_recipe_comes_back_equal() -> None:
         criterion="bn_scale",
         reduction="max",
         normaliser="isomorphic",
-        granularity=("head",),
+        granularity=("head", "weight"),
+        sparsity="2:4",
+        weight_criterion="second_order",
+        quantize="int8_dynamic",
         grouped="balanced",
         scope="global",
         ignore=("a*", "b"),
@@ -158,6 +181,8 @@ def test_recipe_comes_back_equal() -> None:
     sent = _wire.recipe_to_wire(recipe)
     assert _wire.recipe_from_wire(recipe_pb2.Recipe.FromString(sent.SerializeToString())) == recipe
     assert set(sent.DESCRIPTOR.fields_by_name) == set(Recipe.model_fields)
+    alone = Recipe(granularity=("weight",), sparsity="0.7", sparse_initializers=True)
+    assert _wire.recipe_from_wire(_wire.recipe_to_wire(alone)) == alone
 
 
 def test_unset_recipe_fields_take_the_defaults() -> None:

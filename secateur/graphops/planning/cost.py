@@ -85,6 +85,18 @@ def count_params(model: ir.Model) -> int:
     return sum(tensor.size for tensor in tensors if tensor.dtype not in _NO_PARAMETERS)
 
 
+def count_nonzero(model: ir.Model) -> int:
+    """Those of them that are not zero."""
+    from secateur.graphops.coupling.analyse import constants
+
+    tensors = constants(model.graph).values()
+    return sum(
+        int(np.count_nonzero(tensor.numpy()))
+        for tensor in tensors
+        if tensor.dtype not in _NO_PARAMETERS
+    )
+
+
 def _batch(coupling: Coupling) -> int:
     """The first binding of the batch where every input leaves it free, else 1."""
     pairs = [pair for pair in coupling.shapes.inputs.values() if pair[0]]

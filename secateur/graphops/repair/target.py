@@ -97,7 +97,7 @@ class Target:
         assert old is not None
         name = str(node.outputs[0].name)
         array = self.view.tensor(weight, old.shape.numpy())
-        _replace(graph, node, self.view.weight, array, old.dtype, f"{name}_weight")
+        replace_constant(graph, node, self.view.weight, array, old.dtype, f"{name}_weight")
         if bias is None or not self.biased:
             return
         owner, index = node, self.view.bias
@@ -106,7 +106,7 @@ class Target:
         assert index is not None
         if index >= len(owner.inputs):
             owner.resize_inputs(index + 1)
-        _replace(graph, owner, index, bias.reshape(-1), old.dtype, f"{name}_bias")
+        replace_constant(graph, owner, index, bias.reshape(-1), old.dtype, f"{name}_bias")
 
 
 def _is_vector(value: ir.Value) -> bool:
@@ -114,7 +114,7 @@ def _is_vector(value: ir.Value) -> bool:
     return tensor is not None and len(tensor.shape) == 1
 
 
-def _replace(
+def replace_constant(
     graph: ir.Graph,
     node: ir.Node,
     index: int,

@@ -1,0 +1,1 @@
+"""Quantises what pruning has left, by ONNX Runtime's own quantiser and converter."""

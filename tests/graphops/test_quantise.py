@@ -1,0 +1,105 @@
+"""Quantisation after pruning: it runs, drifts little, keeps zeros, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from nets import Net
+from onnx import numpy_helper
+
+import secateur
+from secateur.errors import Code, Refused
+from secateur.graphops.model.writing import Serialised
+from secateur.graphops.quantise.quantise import quantise
+
+DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
+CALIBRATION = DIGITS / "calibration.npz"
+# relative error of the logits; float16 has 11 bits, int8 weights 7 (0.02 to 0.03 were measured)
+BOUNDS = {"fp16": 0.005, "int8": 0.06, "int8_dynamic": 0.06}
+
+
+def prune(source: Any, calibration: Any = CALIBRATION, **fields: Any) -> secateur.Result:
+    plain = {"target": {"channels": 0.7}, "criterion": "l2", "scope": "local", "repair": False}
+    recipe = secateur.Recipe.parse({**plain, **fields})
+    return secateur.prune(source, recipe, calibration=calibration, measure_latency=False)
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "digits_transformer"])
+@pytest.mark.parametrize("how", ["int8", "int8_dynamic", "fp16"])
+def test_it_drifts_little_from_what_was_pruned(name: str, how: str) -> None:
+    path = DIGITS / f"{name}.onnx"
+    plain = prune(path, target={"channels": 1.0})
+    result = prune(path, target={"channels": 1.0}, quantize=how)
+    drift = result.report.verification.drift
+    assert [stage.stage for stage in result.report.stage_drift] == ["pruning", "quantisation"]
+    assert result.report.stage_drift[0].drift == plain.report.verification.drift
+    assert result.report.stage_drift[1].drift == drift
+    assert 0 < drift[0].relative_error < BOUNDS[how]
+    assert drift[0].top1_agreement is not None and drift[0].top1_agreement > 0.95
+    assert result.report.after.bytes == len(result.model) < 0.65 * len(plain.model)
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-dynamic", "fp16"])
+def test_it_comes_after_pruning_and_replays(how: str) -> None:
+    path = DIGITS / "digits_cnn.onnx"
+    before = set(pathlib.Path(tempfile.gettempdir()).glob("ort.quant.*"))
+    first = prune(path, quantize=how)
+    assert first.plan.kept == prune(path).plan.kept
+    again = secateur.prune(path, plan=first.plan, calibration=CALIBRATION, measure_latency=False)
+    assert again.model == first.model
+    assert set(pathlib.Path(tempfile.gettempdir()).glob("ort.quant.*")) == before
+
+
+def test_int8_stands_between_quantise_and_dequantise_and_zeros_stay_zero() -> None:
+    result = prune(
+        DIGITS / "digits_cnn.onnx",
+        granularity=["channel", "weight"],
+        sparsity="0.6",
+        quantize="int8",
+    )
+    proto = onnx.load_from_string(result.model)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
+    weights = [
+        numpy_helper.to_array(tensor)
+        for tensor in proto.graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and np.prod(tensor.dims) > 64
+    ]
+    assert weights
+    for weight in weights:
+        assert (weight == 0).mean() >= 0.6
+        assert np.abs(weight.astype(int)).max() <= 64
+
+
+def test_int8_needs_calibration_data() -> None:
+    with pytest.raises(Refused) as caught:
+        prune(DIGITS / "digits_cnn.onnx", None, quantize="int8")
+    assert caught.value.refusal.code is Code.INVALID_CALIBRATION
+    assert "int8" in caught.value.refusal.message
+
+
+def test_scales_found_at_run_time_need_none() -> None:
+    result = prune(DIGITS / "digits_cnn.onnx", None, quantize="int8_dynamic")
+    assert len(result.model) < 0.6 * (DIGITS / "digits_cnn.onnx").stat().st_size
+
+
+def test_what_is_quantised_already_is_refused() -> None:
+    result = prune(DIGITS / "digits_cnn.onnx", quantize="int8")
+    with pytest.raises(Refused) as caught:
+        prune(result.model, target={"channels": 1.0}, quantize="int8")
+    assert caught.value.refusal.code is Code.INVALID_RECIPE
+    assert "quantised already" in caught.value.refusal.message
+
+
+def test_what_has_nothing_to_quantise_is_refused() -> None:
+    net = Net()
+    x = net.op("PRelu", net.input("x", [2, 4, 6, 6]), net.floats(4, 1, 1))
+    net.output(net.op("Tanh", x))
+    with pytest.raises(Refused) as caught:
+        quantise(Serialised(net.bytes(), None, 0), "int8_dynamic", ())
+    assert caught.value.refusal.code is Code.INVALID_RECIPE
+    assert "no operator" in caught.value.refusal.message
