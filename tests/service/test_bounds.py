@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -204,11 +204,17 @@ def test_what_a_job_fills_of_the_disk_is_counted(tmp_path: pathlib.Path) -> None
         path.write_bytes(b"x" * size)
     (home / "linked").hardlink_to(tmp_path / "blob")
     (home / "pointing").symlink_to(tmp_path / "blob")
-    with (home / "nameless").open("rb"):
-        assert disk_of(os.getpid(), home) == 2 * size
+    nothing = subprocess.DEVNULL
+    with (
+        (home / "nameless").open("rb") as file,
+        subprocess.Popen(["sleep", "60"], stdin=file, stdout=nothing, stderr=nothing) as process,
+    ):
+        assert disk_of(process.pid, home) == 2 * size
         (home / "nameless").unlink()
-        assert disk_of(os.getpid(), home) == 2 * size
-    assert disk_of(os.getpid(), home) == size
+        assert disk_of(process.pid, home) == 2 * size
+        process.kill()
+        process.wait()
+        assert disk_of(process.pid, home) == size
 
 
 async def test_a_worker_that_fills_the_disk_is_killed(tmp_path: pathlib.Path) -> None:
