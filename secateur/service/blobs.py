@@ -385,11 +385,18 @@ class BlobStore:
             _sync(path)
         with self._naming:
             target.parent.mkdir(exist_ok=True)
-            path.replace(target)
+            # a second name until the row is there: an upload that is killed here can go on
+            try:
+                os.link(path, target)
+            except FileExistsError:
+                pass  # the same content
+            except OSError:  # a file system without hard links
+                path.replace(target)
             if self._durable:
                 _sync(target.parent)
                 _sync(self._blobs)
             self._repository.add_blob(client, blob.sha256, blob.size)
+        path.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
         """Evicts until `size` more bytes fit. Raises CallError RESOURCE_EXHAUSTED."""
