@@ -258,6 +258,16 @@ def test_operators_without_a_derivative_are_named() -> None:
         scores(net.bytes(), "taylor", {"x": two_samples()["x"]})
 
 
+def test_an_index_has_no_derivative() -> None:
+    net = Net()
+    x = net.input("x", ["N", 3, 2, 2])
+    y = net.op("Conv", x, net.const(FIRST.reshape(4, 3, 1, 1), "first"))
+    y = net.op("Conv", y, net.const(SECOND[:, :, None, None], "second"))
+    net.output(net.op("ArgMax", y, axis=1), onnx.TensorProto.INT64)
+    with pytest.raises(Refused, match="no output is of floats"):
+        scores(net.bytes(), "fisher", two_samples())
+
+
 @pytest.mark.parametrize(
     "criterion",
     ["activation", "rms", "apoz", "variance", "wanda", "fluctuation", "taylor", "fisher"],

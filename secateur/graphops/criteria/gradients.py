@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Array, Feeds
@@ -36,7 +37,7 @@ class Gates:
     shape too. A sample is a batch where the model fixes its batch.
 
     Attributes:
-        outputs: [sample][output], float32, of the outputs that are floats.
+        outputs: [sample][output], of the outputs that are floats, in their own dtype.
     """
 
     def __init__(self, context: Context, criterion: str) -> None:
@@ -44,7 +45,7 @@ class Gates:
 
         Raises:
             Refused: `INVALID_CALIBRATION` without calibration data, `INVALID_RECIPE` without
-                onnx-ad or where it has no rule for an operator.
+                onnx-ad, where it has no rule for an operator, or where no output is of floats.
         """
         self._context = context
         self._feeds = _samples(context, criterion)
@@ -54,7 +55,9 @@ class Gates:
         kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.output}
         floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
         self._names = [name for name, kind in kinds.items() if kind in floats]
-        self._session = open_session(_derived(proto, self._names, len(self._places), criterion))
+        if not self._names:
+            raise _impossible(criterion, "no output is of floats")
+        self._session = _derive(proto, self._names, len(self._places), criterion)
         self._gates = {
             gate.name: np.ones(
                 [dim.dim_value for dim in gate.type.tensor_type.shape.dim],
@@ -206,8 +209,10 @@ def _gathers(
         x = output
 
 
-def _derived(proto: onnx.ModelProto, outputs: list[str], gates: int, criterion: str) -> bytes:
-    """The model with the derivative of each gate as an output."""
+def _derive(
+    proto: onnx.ModelProto, outputs: list[str], gates: int, criterion: str
+) -> ort.InferenceSession:
+    """A session of the model with the derivative of each gate as an output."""
     try:
         import onnx_ad
     except ImportError:
@@ -225,10 +230,9 @@ def _derived(proto: onnx.ModelProto, outputs: list[str], gates: int, criterion: 
             outputs=outputs,
             layout="onnx",
         )
+        return open_session(derived.SerializeToString())
     except Exception as error:
         raise _impossible(criterion, str(error)) from error
-    serialised: bytes = derived.SerializeToString()
-    return serialised
 
 
 def _impossible(criterion: str, why: str) -> Refused:
