@@ -175,12 +175,14 @@ def _write(path: pathlib.Path, value: Any) -> None:
 
 def _without_folder(refusal: Refusal, folder: pathlib.Path) -> Refusal:
     """`refusal` with paths in the job's folder as bare names: the caller has no other."""
-    prefix = f"{folder}{os.sep}"
+    homes = [folder / "model", folder / "against", folder / "calibration", folder]
 
     def strip(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(strip(item) for item in value)
-        return value.replace(prefix, "")
+        for home in homes:
+            value = value.replace(f"{home}{os.sep}", "")
+        return value
 
     fields = ("message", "nodes", "expected", "found", "hint")
     return refusal.model_copy(update={name: strip(getattr(refusal, name)) for name in fields})
