@@ -6,7 +6,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,8 @@ class Calibration:
                         for name in self.expected
                     }
                 )
-        judged = [batch for place, batch in enumerate(batches) if place % _BACK == _BACK - 1]
-        if not judged:
-            return Samples(tuple(batches), tuple(batches), held_back=False)
-        seen = [batch for place, batch in enumerate(batches) if place % _BACK != _BACK - 1]
-        return Samples(tuple(seen), tuple(judged), held_back=True)
+        seen, judged = hold_back(batches, _BACK)
+        return Samples(seen, judged, held_back=len(seen) < len(batches))
 
     def _bytes_of_one(self) -> int:
         """Of one sample of the first part."""
@@ -104,6 +101,15 @@ class Calibration:
 
     def _is_fixed(self) -> bool:
         return any(shape and shape[0] is not None for _, shape in self.expected.values())
+
+
+def hold_back(batches: Sequence[Feeds], every: int) -> tuple[tuple[Feeds, ...], tuple[Feeds, ...]]:
+    """Batches to learn from, and every so-manieth to judge by; both all of them if too few."""
+    held = tuple(batch for place, batch in enumerate(batches) if place % every == every - 1)
+    if not held:
+        return tuple(batches), tuple(batches)
+    rest = tuple(batch for place, batch in enumerate(batches) if place % every != every - 1)
+    return rest, held
 
 
 def sample_count(feeds: Feeds) -> int:

@@ -29,6 +29,7 @@ WIDEST = 6144
 _WORK = 1.2e10
 _ROWS_PER_ENTRY = 12
 _MOST_ROWS = 65536
+_LEAST_DAMPING = 1e-3
 _FITTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
@@ -76,9 +77,17 @@ class Moments:
         mean = self.mean()
         return self.second / self.count - mean[:, :, None] * mean[:, None, :]
 
-    def about_zero(self) -> Matrix:
-        """(groups, k, k), E[x xᵀ]."""
-        return self.second / self.count
+    def damped(self) -> Matrix:
+        """The covariance, plus to each variance what so few rows cannot tell: (groups, k, k).
+
+        δ = max(10⁻³, k / n) of the mean variance.
+        """
+        damped = self.covariance()
+        k = damped.shape[1]
+        mean = np.trace(damped, axis1=1, axis2=2) / k
+        share = max(_LEAST_DAMPING, k / self.count)
+        damped[:, np.arange(k), np.arange(k)] += share * np.maximum(mean, 1e-12)[:, None]
+        return damped
 
 
 def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:

@@ -9,17 +9,22 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.calibration.data import Feeds
+from secateur.graphops.calibration.data import Feeds, hold_back
 from secateur.graphops.calibration.moments import WIDEST, Moments, collect, linear_maps, width
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.rules.linear import LinearMap
+
+HELD_BACK = 5  # every fifth batch judges
 
 Tell = Callable[[float], None]
 
 
 class Observed:
     """A model and the batches that run on it.
+
+    Moments come from most of the batches. The others judge what was learnt from them: of a layer
+    with more inputs than there are samples, moments alone would say that it loses nothing.
 
     Args:
         model: unshared; read only.
@@ -40,6 +45,7 @@ class Observed:
         self.model = model
         self.coupling = coupling
         self.batches = batches
+        self.learnt, self.judges = hold_back(batches, HELD_BACK)
         self._seed = seed
         self._tell = tell
 
@@ -60,5 +66,5 @@ class Observed:
     @cached_property
     def moments(self) -> Mapping[str, Moments]:
         """Of x of each consumer, by the name of its output."""
-        network = Network(self.model, self.batches)
+        network = Network(self.model, self.learnt)
         return collect(network, list(self.consumers.values()), self._seed, self._tell)

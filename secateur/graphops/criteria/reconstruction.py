@@ -31,7 +31,6 @@ from secateur.graphops.criteria.context import Context, places_of
 Matrix = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
 
-_DAMPING = 1e-3  # of the mean variance, added to all: what the samples do not show
 _TINY = 1e-12  # where nothing varies
 _AT_ONCE = 32  # one in that many of the units that are left goes in one step
 
@@ -116,7 +115,7 @@ def _consumers(observed: Observed, name: str, units: Units) -> Iterator[Consumer
     view, moments = observed.consumers[name], observed.moments[name]
     line = observed.line(view)
     assert line is not None
-    weights, covariances = weight_of(view), moments.covariance()
+    weights, covariances = weight_of(view), moments.damped()
     for weight, covariance, channels in zip(
         weights, covariances, view.channels(line.size), strict=True
     ):
@@ -124,10 +123,8 @@ def _consumers(observed: Observed, name: str, units: Units) -> Iterator[Consumer
         if columns is None:
             continue  # whole groups go: every unit is of one group of the convolution only
         variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
-        damped = covariance.copy()
-        damping = _DAMPING * max(float(np.trace(damped)) / len(damped), _TINY)
-        damped[np.diag_indices_from(damped)] += damping
-        yield Consumer(weight.copy(), np.linalg.inv(damped), columns, 1 / max(variance, _TINY))
+        inverse = np.linalg.inv(covariance)
+        yield Consumer(weight.copy(), inverse, columns, 1 / max(variance, _TINY))
 
 
 def eliminate(consumers: list[Consumer], units: int) -> Matrix:

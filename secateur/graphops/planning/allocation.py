@@ -19,6 +19,9 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores, Step
 
+# Drift saturates at 1, where nothing of the output is left: what adds up is -ln(1 - drift). Beyond
+# this much of it, a group is lost.
+_LOST = 0.9999
 _BEYOND = 2.0  # how much steeper than its last part a curve is taken to be where it ends
 
 
@@ -102,7 +105,7 @@ def _slopes(
         drift = scale * loss
     else:
         known = np.concatenate([[0.0], losses[np.array(curve.gone[1:]) - 1]])
-        measured = np.array(curve.drift)
+        measured = -np.log1p(-np.minimum(curve.drift, _LOST))
         drift = np.interp(loss, known, measured)
         rise = measured[-1] - measured[-2]
         steep = _BEYOND * rise / max(known[-1] - known[-2], 1e-12)

@@ -1,7 +1,8 @@
 """What a cut of each group does to the outputs, measured: trial cuts, run in ONNX Runtime.
 
 For every group and a few shares, the units that matter least go, their consumers are compensated,
-and the result runs on calibration samples. The drift of the outputs is
+and the result runs on calibration samples that the compensation has not seen. The drift of the
+outputs is
 
     D = Σ ‖y′ − y‖² / Σ ‖y − ȳ‖²        over samples and outputs
 
@@ -28,8 +29,8 @@ Scores = npt.NDArray[np.float64]
 
 SHARES = {4: (0.125, 0.25, 0.5, 0.75), 3: (0.25, 0.5, 0.75), 2: (0.25, 0.625), 1: (0.5,)}
 _TRIALS = 160  # cuts to try at most; with more groups than that, only the costliest
-_MACS = 3e12  # of all trials together: about a minute on two cores
-_SAMPLES = (8, 96)  # that each trial runs on, at least and at most
+_MACS = 2e12  # of all trials together: about a minute on two cores
+_SAMPLES = (8, 64)  # that each trial runs on, at least and at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class _Trials:
         self._observed, self._copies = observed, copies
         graph = observed.model.graph
         batches: list[Feeds] = []
-        for batch in reversed(observed.batches):
+        for batch in observed.judges:
             if sum(map(sample_count, batches)) < samples:
                 batches.append(batch)
         self._network = Network(observed.model, batches)

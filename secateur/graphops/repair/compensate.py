@@ -1,6 +1,6 @@
 """Compensation: the best weights for what is left, from moments of the original alone.
 
-    W ← W·S_·K·(S_KK + δI)⁻¹        b ← b + W_old·μ − W_new·μ_K        S = Cov(x), μ = E[x]
+    W ← W·S_·K·(S_KK)⁻¹        b ← b + W_old·μ − W_new·μ_K        S = Cov(x) + δI, μ = E[x]
 
 K: the entries of x that stay. One closed formula per consumer and no forward pass: it is what
 least squares gives where nothing before the node has changed. Trial cuts are judged after it.
@@ -18,7 +18,6 @@ from secateur.graphops.repair.fit import Matrix, ridge
 from secateur.graphops.repair.target import Target
 
 Mask = npt.NDArray[np.bool_]
-_DAMPING = 1e-3
 
 
 def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
@@ -56,14 +55,14 @@ def _refitted(observed: Observed, name: str, stay: Mask) -> tuple[Matrix, Matrix
     weights, shifts = [], []
     for whole, covariance, mean, mask in zip(
         weight_of(observed.consumers[name]),
-        moments.covariance(),
+        moments.damped(),
         moments.mean(),
         stay,
         strict=True,
     ):
         kept = np.flatnonzero(mask)
         cross = whole @ covariance[:, kept]
-        weight = ridge(whole[:, kept], covariance[np.ix_(kept, kept)], cross, _DAMPING)
+        weight = ridge(whole[:, kept], covariance[np.ix_(kept, kept)], cross, 0.0)
         weights.append(weight)
         shifts.append(whole @ mean - weight @ mean[kept])
     return np.stack(weights), np.stack(shifts)

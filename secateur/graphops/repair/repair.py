@@ -17,7 +17,7 @@ from secateur.graphops.calibration.moments import (
     width,
 )
 from secateur.graphops.calibration.network import Network, Piece
-from secateur.graphops.calibration.observed import Observed
+from secateur.graphops.calibration.observed import HELD_BACK, Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.repair.fit import Fitted, Sums, choose
@@ -26,7 +26,6 @@ from secateur.graphops.rules.linear import pick_rows
 from secateur.report import RepairStep
 
 Mask = npt.NDArray[np.bool_]
-_HELD_BACK = 5  # every fifth batch judges the fit made on the others
 _EXACT = 1e-9  # relative error below which nothing has reached the node
 
 
@@ -111,7 +110,7 @@ class _Fit:
             if rows is None:
                 return None
             last = batch == self._batches - 1
-            sums = held if batch % _HELD_BACK == _HELD_BACK - 1 or last else seen
+            sums = held if batch % HELD_BACK == HELD_BACK - 1 or last else seen
             sums.add(*rows)
             unchanged = sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30)
             if batch == 0 and unchanged:
