@@ -80,12 +80,12 @@ class Moments:
     def damped(self) -> Matrix:
         """The covariance, plus to each variance what so few rows cannot tell: (groups, k, k).
 
-        δ = max(10⁻³, k / n) of the mean variance.
+        δ = max(10⁻³, k / 10n) of the mean variance.
         """
         damped = self.covariance()
         k = damped.shape[1]
         mean = np.trace(damped, axis1=1, axis2=2) / k
-        share = max(_LEAST_DAMPING, k / self.count)
+        share = max(_LEAST_DAMPING, k / (10 * self.count))
         damped[:, np.arange(k), np.arange(k)] += share * np.maximum(mean, 1e-12)[:, None]
         return damped
 

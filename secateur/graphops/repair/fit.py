@@ -21,7 +21,7 @@ from secateur.graphops.calibration.moments import gram
 
 Matrix = npt.NDArray[np.float64]
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(slots=True)
