@@ -62,7 +62,11 @@ def scores(
     observed = None
     if calibration is not None:
         samples = open_calibration(calibration, opened.model.graph).draw()
-        batches = samples.seen + (samples.judged if samples.held_back else ())
+        drawn = samples.seen + (samples.judged if samples.held_back else ())
+        together = {name: np.concatenate([batch[name] for batch in drawn]) for name in drawn[0]}
+        # few enough batches, of different sizes, that all of them are learnt from
+        parts = np.array_split(np.arange(len(next(iter(together.values())))), 4)
+        batches = [{name: a[part] for name, a in together.items()} for part in parts if part.size]
         observed = Observed(opened.model, coupling, batches, seed)
     context = Context(opened.model, coupling, observed, seed, reduction)
     found = CRITERIA[criterion](context)
