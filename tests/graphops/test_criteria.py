@@ -65,7 +65,8 @@ def scores(
         drawn = samples.seen + (samples.judged if samples.held_back else ())
         together = {name: np.concatenate([batch[name] for batch in drawn]) for name in drawn[0]}
         # few enough batches, of different sizes, that all of them are learnt from
-        parts = np.array_split(np.arange(len(next(iter(together.values())))), 4)
+        count = len(next(iter(together.values())))
+        parts = np.array_split(np.arange(count), 4 if count > 8 else 1)
         batches = [{name: a[part] for name, a in together.items()} for part in parts if part.size]
         observed = Observed(opened.model, coupling, batches, seed)
     context = Context(opened.model, coupling, observed, seed, reduction)
