@@ -77,6 +77,10 @@ class Moments:
         mean = self.mean()
         return self.second / self.count - mean[:, :, None] * mean[:, None, :]
 
+    def about_zero(self) -> Matrix:
+        """(groups, k, k), E[x xᵀ]."""
+        return self.second / self.count
+
     def damped(self) -> Matrix:
         """The covariance, plus to each variance what so few rows cannot tell: (groups, k, k).
 
