@@ -37,6 +37,7 @@ def page(report: Report, title: str) -> str:
         _drift(report),
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
+        *_removed(report),
         *_sensitivity(report),
         *_repair(report),
         "<h2>What stays, and why</h2>",
@@ -119,6 +120,24 @@ def _sensitivity(report: Report) -> list[str]:
         f"consumers are compensated; the curves reach from {foot:g} to {head:g}, by powers of ten."
     )
     return ["<h2>Sensitivity</h2>", said, _table(("Group", "", "Units gone: drift"), rows)]
+
+
+def _removed(report: Report) -> list[str]:
+    """Every region that went whole."""
+    if not report.removed:
+        return []
+    rows = (
+        (
+            f"<code>{html.escape(one.region.entry)}</code>",
+            f"<code>{html.escape(one.region.exit)}</code>",
+            str(len(one.region.layers)),
+            "–" if one.influence is None else f"{one.influence:.2e}",
+            "–" if one.drift is None else f"{one.drift:.2e}",
+        )
+        for one in report.removed
+    )
+    heads = ("From", "To", "Layers", "Influence", "Drift so far")
+    return ["<h2>Left out whole</h2>", _table(heads, rows, numbers=(2, 3, 4))]
 
 
 def _repair(report: Report) -> list[str]:

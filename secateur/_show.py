@@ -149,6 +149,10 @@ def report(found: Report, out: pathlib.Path) -> None:
         _drift(console, stage.drift)
         console.print(f"after {found.stage_drift[-1].stage}:")
     _drift(console, checked.drift)
+    for one in found.removed:
+        region = one.region
+        text = f"left out: {len(region.layers)} layers between {region.entry} and {region.exit}"
+        console.print(text, markup=False)
     _frozen(console, found.frozen)
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -70,7 +70,9 @@ ReportFile = Annotated[
 ]
 Granularity = Annotated[
     str | None,
-    typer.Option(metavar="KIND,…", help="What may go: channel, head or head_dim, weight."),
+    typer.Option(
+        metavar="KIND,…", help="What may go: channel, head or head_dim, weight; or layer, alone."
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,
@@ -147,7 +149,7 @@ def prune(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What is kept, as a fraction of the original: channels, params, macs.",
+            help="What is kept, as a fraction of the original: channels, params, macs, layers.",
         ),
     ] = None,
     criterion: Annotated[

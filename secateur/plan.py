@@ -29,6 +29,22 @@ class KeptTensor(BaseModel):
     axes: dict[int, tuple[int, ...]]
 
 
+class RemovedRegion(BaseModel):
+    """A part of the graph that was left out whole.
+
+    Attributes:
+        entry: the value that its readers read instead of `exit`.
+        exit: the value it ended in.
+        nodes: that went, by the name of their first output, in the original's order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str
+    exit: str
+    nodes: tuple[str, ...]
+
+
 class Plan(BaseModel):
     """A frozen, serialisable decision.
 
@@ -36,6 +52,7 @@ class Plan(BaseModel):
         version: of this format.
         source: SHA-256 (hex) of the original model's bytes.
         recipe: what was asked.
+        removed: regions that went, before anything was cut.
         kept: one entry per changed tensor, in the result's order.
     """
 
@@ -44,6 +61,7 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     source: str
     recipe: Recipe
+    removed: tuple[RemovedRegion, ...] = ()
     kept: tuple[KeptTensor, ...]
 
     def to_json(self) -> str:

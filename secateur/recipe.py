@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import Code, refuse
 from secateur.sparsity import Pattern
 
-TARGETS = ("channels", "params", "macs")
+TARGETS = ("channels", "params", "macs", "layers")
 BUDGETS = ("macs", "params")  # what a target can count of the whole model
 Criterion = Literal[
     "l1",
@@ -33,7 +33,7 @@ Criterion = Literal[
 ]
 Reduction = Literal["sum", "mean", "max", "first"]
 Normaliser = Literal["none", "mean", "max", "isomorphic"]
-Granularity = Literal["channel", "head", "head_dim", "weight"]
+Granularity = Literal["channel", "head", "head_dim", "weight", "layer"]
 Grouped = Literal["auto", "whole", "balanced"]
 WeightCriterion = Literal["magnitude", "wanda", "second_order"]
 Quantize = Literal["int8", "int8_dynamic", "fp16"]
@@ -45,8 +45,9 @@ class Recipe(BaseModel):
 
     Attributes:
         target: what is *kept*, as fractions of the original in (0, 1]: `channels` (of every
-            group; of all units together with `scope="global"`), `params`, `macs`. Each is met
-            from below, as closely as one unit or rounding step allows. Several: all hold. Empty
+            group; of all units together with `scope="global"`), `params`, `macs`, `layers` (of
+            the matrix products with weights; with `granularity=layer`). Each is met from below,
+            as closely as one unit, rounding step or region allows. Several: all hold. Empty
             where only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
             data, and the last two the extra `gradients`. None: `reconstruction` with calibration
@@ -58,7 +59,9 @@ class Recipe(BaseModel):
             groups of the same structure, which then shrink alike; `none` leaves them.
         granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
             dimensions of every attention head instead of whole heads. `weight`: single weights
-            of what is left, as `sparsity` says.
+            of what is left, as `sparsity` says. `layer`: parts of the model that end in the shape
+            in which they begin, whole; needs calibration data and a target among `macs`, `params`
+            and `layers`, and goes alone.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
@@ -206,6 +209,15 @@ class Recipe(BaseModel):
                 found=", ".join(kinds),
                 hint="Prune twice: the result of one is a model for the other.",
             )
+        if "layer" in kinds and len(kinds) > 1:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "layers are left out whole, and other kinds are not cut in the same prune",
+                nodes=("granularity",),
+                expected="layer alone",
+                found=", ".join(kinds),
+                hint="Prune twice, layers first: the result of one is a model for the other.",
+            )
         return kinds
 
     def settled(self, calibrated: bool) -> Recipe:
@@ -218,15 +230,29 @@ class Recipe(BaseModel):
             Refused: `INVALID_CALIBRATION` when something was asked for that needs them and there
                 are none, `INVALID_RECIPE` for measured scope without a budget.
         """
+        layers = "layer" in self.granularity
+        if layers:
+            self._check_layers()
+        elif "layers" in self.target:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "the target layers counts what only granularity=layer takes",
+                nodes=("target",),
+                expected="granularity=layer",
+                found=", ".join(self.granularity),
+            )
         budget = bool(self.target) and "channels" not in self.target
         chosen = {
-            "criterion": self.criterion or ("reconstruction" if calibrated else "l2"),
-            "scope": self.scope or ("measured" if calibrated and budget else "local"),
+            "criterion": self.criterion,
+            "scope": self.scope,
             "repair": calibrated if self.repair is None else self.repair,
             "weight_criterion": self.weight_criterion
             or ("second_order" if calibrated else "magnitude"),
             "quantize": self.quantize,
         }
+        if not layers:
+            chosen["criterion"] = self.criterion or ("reconstruction" if calibrated else "l2")
+            chosen["scope"] = self.scope or ("measured" if calibrated and budget else "local")
         for field, needs in (
             ("scope", "measured"),
             ("repair", True),
@@ -250,6 +276,28 @@ class Recipe(BaseModel):
                 found=", ".join(self.target),
             )
         return self.model_copy(update=chosen)
+
+    def _check_layers(self) -> None:
+        """Which layers go is measured, and of no unit; what cannot be heeded is refused."""
+        given = {"criterion": self.criterion, "scope": self.scope, "round_to": self.round_to}
+        for field, value in given.items():
+            if value is not None:
+                raise refuse(
+                    Code.INVALID_RECIPE,
+                    f"{field} is about channels and heads, and granularity=layer takes none",
+                    nodes=(field,),
+                    expected=f"no {field}",
+                    found=value,
+                )
+        if "channels" in self.target:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "channels=… says the share of every group, and layers go whole",
+                nodes=("target",),
+                expected="a target among macs, params, layers",
+                found=", ".join(self.target),
+                hint="Say what to keep, for example macs=0.8.",
+            )
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Recipe:

@@ -172,6 +172,22 @@ class Region(_Value):
     refused: str = ""
 
 
+class Removal(_Value):
+    """A region that went.
+
+    Attributes:
+        region: itself.
+        influence: 1 − cos(entry, exit) in the original, on calibration samples; absent where a
+            plan was replayed.
+        drift: Σ‖y′ − y‖² / Σ‖y − ȳ‖² over the outputs, with this region and those chosen before
+            it gone and nothing repaired; absent where a plan was replayed.
+    """
+
+    region: Region
+    influence: float | None = None
+    drift: float | None = None
+
+
 class RepairStep(_Value):
     """One refit.
 
@@ -253,6 +269,7 @@ class Report(_Value):
         before, after: cost of the original and of the result.
         groups: every prunable group, with how much of it was kept.
         frozen: reasons for which channels stayed.
+        removed: regions that went whole, in the order in which they were chosen.
         sensitivity: of each group that was tried, where the scope was measured.
         repair: every refit, in graph order; empty without repair.
         sparse_weights: what became of each weight matrix; empty unless single weights went.
@@ -266,6 +283,7 @@ class Report(_Value):
     after: Cost
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
+    removed: tuple[Removal, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()
     sparse_weights: tuple[SparseWeight, ...] = ()

@@ -9,13 +9,14 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from secateur.errors import Code, refuse
 from secateur.graphops.calibration import (
     CalibrationSource,
     Feeds,
@@ -28,25 +29,25 @@ from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, node_label, open_model
-from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import Serialised, serialise
-from secateur.graphops.planning import cost, planner, replay, sensitivity
+from secateur.graphops.planning import cost, planner, removal, replay, sensitivity
+from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
 from secateur.graphops.profile import measure
 from secateur.graphops.profile.size import compressed
 from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.regions import find as found
-from secateur.graphops.regions.costs import Costs
-from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.repair.repair import repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
+from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import one_blas_thread, open_session
-from secateur.plan import Plan
+from secateur.plan import Plan, RemovedRegion
 from secateur.recipe import Recipe
 from secateur.report import (
     Cost,
@@ -58,6 +59,7 @@ from secateur.report import (
     Progress,
     ProgressCallback,
     Region,
+    Removal,
     RepairStep,
     Report,
     Sensitivity,
@@ -185,6 +187,7 @@ def prune(
         after=after,
         groups=done.groups,
         frozen=done.frozen,
+        removed=done.removed,
         sensitivity=done.sensitivity,
         repair=done.repair,
         sparse_weights=done.sparse_weights,
@@ -208,6 +211,7 @@ class _Done:
     after: Cost
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
+    removed: tuple[Removal, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
     sparse_weights: tuple[SparseWeight, ...]
@@ -233,20 +237,24 @@ def _cut(
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
         analysed = _analyse(opened, samples, recipe)
     with one_blas_thread():
-        decision = _decide(analysed, recipe, samples, plan, clock)
+        left_out = _leave_out(analysed, recipe, samples, plan, clock)
+        rest = left_out.rest
+        decision = _decide(rest, recipe, samples, plan, clock)
         with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):
-            pruned, kept = cut(opened.model, analysed.coupling, decision.keep, analysed.copies)
+            pruned, kept = cut(rest.opened.model, rest.coupling, decision.keep, analysed.copies)
         steps: tuple[RepairStep, ...] = ()
         if recipe.repair and decision.observed is not None:
             with clock.stage(Stage.REPAIR, "refitting what is left"):
                 tell = functools.partial(clock.tell, Stage.REPAIR)
-                steps = repair(pruned, decision.observed, decision.keep, recipe.seed, tell)
+                batches = decision.observed.batches
+                original = Observed(opened.model, rest.coupling, batches, recipe.seed)
+                steps = repair(pruned, original, decision.keep, recipe.seed, tell)
         sparse_weights: tuple[SparseWeight, ...] = ()
         if recipe.sparsity is not None:
             with clock.stage(Stage.SPARSITY, f"{recipe.sparsity} by {recipe.weight_criterion}"):
                 seen = () if samples is None else samples.seen
                 tell = functools.partial(clock.tell, Stage.SPARSITY)
-                sparse_weights = sparsify(pruned, analysed.coupling.shapes, recipe, seen, tell)
+                sparse_weights = sparsify(pruned, rest.coupling.shapes, recipe, seen, tell)
     unquantised, serialised = None, serialise(pruned)
     if recipe.sparse_initializers:
         serialised, sparse_weights = store_sparse(serialised, sparse_weights)
@@ -255,12 +263,14 @@ def _cut(
             unquantised = serialised
             serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
     feeds = _examples(analysed) if samples is None else samples.judged
-    macs, source = cost.macs(analysed.coupling), _runnable(model, opened)
+    source, keep_all = _runnable(model, opened), np.ones(analysed.coupling.count + 1, np.bool_)
     before = Cost(
-        macs=macs.of(np.ones_like(decision.keep)), params=analysed.params, bytes=opened.size
+        macs=cost.macs(analysed.coupling).of(keep_all), params=analysed.params, bytes=opened.size
     )
     after = Cost(
-        macs=macs.of(decision.keep), params=cost.count_params(pruned), bytes=serialised.size
+        macs=cost.macs(rest.coupling).of(decision.keep),
+        params=cost.count_params(pruned),
+        bytes=serialised.size,
     )
     if sparse_weights:
         whole = source if isinstance(source, bytes) else pathlib.Path(source)
@@ -271,18 +281,81 @@ def _cut(
         source=source,
         serialised=serialised,
         unquantised=unquantised,
-        plan=Plan(source=opened.sha256, recipe=recipe_asked, kept=kept),
+        plan=Plan(source=opened.sha256, recipe=recipe_asked, removed=left_out.planned, kept=kept),
         before=before,
         after=after,
-        groups=tuple(_group(group, decision.keep) for group in analysed.coupling.groups),
-        frozen=_frozen(analysed.coupling),
-        sensitivity=_sensitivities(analysed.coupling, decision.curves or {}),
+        groups=tuple(_group(group, decision.keep) for group in rest.coupling.groups),
+        frozen=_frozen(rest.coupling),
+        removed=left_out.reported,
+        sensitivity=_sensitivities(rest.coupling, decision.curves or {}),
         repair=steps,
         sparse_weights=sparse_weights,
         feeds=feeds,
         held_back=samples is not None and samples.held_back,
         sample=_one_sample(analysed, feeds[0]),
     )
+
+
+def _offer(analysed: _Analysed, recipe: Recipe) -> Offer:
+    """The regions of a model."""
+    return Offer.of(
+        analysed.graph, analysed.coupling, analysed.copies, analysed.params, recipe.ignore
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftOut:
+    """What is left of a model without the regions that go, and which they are."""
+
+    rest: _Analysed
+    planned: tuple[RemovedRegion, ...] = ()
+    reported: tuple[Removal, ...] = ()
+
+
+def _leave_out(
+    analysed: _Analysed,
+    recipe: Recipe,
+    samples: Samples | None,
+    plan: Plan | None,
+    clock: _Clock,
+) -> _LeftOut:
+    """Chooses the regions that go, or reads them in a plan, and analyses the rest anew."""
+    if "layer" not in recipe.granularity and not (plan is not None and plan.removed):
+        return _LeftOut(analysed)
+    offer = _offer(analysed, recipe)
+    if plan is None:
+        going = _choose_regions(analysed, offer, recipe, samples, clock)
+    else:
+        regions = replay.regions_removed(plan, offer, analysed.opened.sha256)
+        going = tuple(removal.Removal(region) for region in regions)
+    entries = removal.entries(one.region for one in going)
+    opened = replace(analysed.opened, model=bypass(analysed.opened.model, entries))
+    coupling = couple(opened.model, _shapes(opened, samples), recipe)
+    return _LeftOut(
+        replace(analysed, opened=opened, coupling=coupling),
+        tuple(
+            RemovedRegion(entry=r.entry, exit=r.exit, nodes=offer.names(r))
+            for r in (one.region for one in going)
+        ),
+        tuple(_removal(offer, one) for one in going),
+    )
+
+
+def _choose_regions(
+    analysed: _Analysed, offer: Offer, recipe: Recipe, samples: Samples | None, clock: _Clock
+) -> tuple[removal.Removal, ...]:
+    if samples is None:
+        raise refuse(
+            Code.INVALID_CALIBRATION,
+            "granularity=layer needs calibration data: weights do not say what a layer does",
+            expected="--calibration PATH",
+            found="none",
+            hint="Give a few hundred unlabelled samples.",
+        )
+    observed = Observed(analysed.opened.model, analysed.coupling, samples.seen, recipe.seed)
+    with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
+        tell = functools.partial(clock.tell, Stage.PLANNING)
+        return removal.choose(observed, offer, recipe.target, tell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +381,8 @@ def _decide(
         return _Decision(keep, observed)
     if not recipe.target:  # single weights alone
         return _Decision(np.ones(coupling.count + 1, np.bool_), None)
+    if "layer" in recipe.granularity:
+        return _Decision(np.ones(coupling.count + 1, np.bool_), observed)
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
@@ -410,7 +485,8 @@ def inspect(
     if calibration is not None:
         samples = open_calibration(calibration, opened.model.graph).draw()
     recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
-    recipe = recipe.settled(samples is not None)
+    units = tuple(kind for kind in recipe.granularity if kind != "layer") or ("channel", "head")
+    recipe = recipe.model_copy(update={"granularity": units}).settled(samples is not None)
     analysed = _analyse(opened, samples, recipe)
     keep = np.ones(analysed.coupling.count + 1, np.bool_)
     curves: Mapping[int, Curve] = {}
@@ -424,7 +500,7 @@ def inspect(
             macs=cost.macs(analysed.coupling).of(keep), params=analysed.params, bytes=opened.size
         ),
         sensitivity=_sensitivities(analysed.coupling, curves),
-        regions=_regions(analysed, recipe),
+        regions=_regions(_offer(analysed, recipe)),
     )
 
 
@@ -508,12 +584,15 @@ def _analyse(opened: OpenedModel, samples: Samples | None, recipe: Recipe) -> _A
     params = cost.count_params(opened.model)
     nonzero = None if recipe.sparsity is None else cost.count_nonzero(opened.model)
     copies = dict(unshare(opened.model))
+    coupling = couple(opened.model, _shapes(opened, samples), recipe)
+    return _Analysed(opened, copies, coupling, params, nonzero)
+
+
+def _shapes(opened: OpenedModel, samples: Samples | None) -> Shapes:
     given = None
     if samples is not None:
         given = {name: array.shape for name, array in samples.seen[0].items()}
-    shapes = infer_shapes(opened.model, given)
-    coupling = couple(opened.model, shapes, recipe)
-    return _Analysed(opened, copies, coupling, params, nonzero)
+    return infer_shapes(opened.model, given)
 
 
 def _examples(analysed: _Analysed) -> list[Feeds]:
@@ -555,33 +634,32 @@ def _group(group: UnitGroup, keep: Mask) -> Group:
     )
 
 
-def _regions(analysed: _Analysed, recipe: Recipe) -> tuple[Region, ...]:
+def _regions(offer: Offer) -> tuple[Region, ...]:
     """What can be left out whole; then the layers that cannot."""
-    graph = FlowGraph(analysed.graph, analysed.coupling, recipe.ignore)
-    costs = Costs(graph, analysed.copies)
-    places = {node_label(node): place for place, node in enumerate(graph.nodes)}
-    regions, refusals = found.find(graph)
-
-    def value(
-        one: found.Region | found.Refusal,
-        nodes: frozenset[int],
-        layers: Iterable[int],
-        refused: str = "",
-    ) -> Region:
-        saved = costs.of(nodes)
-        return Region(
-            entry=one.entry,
-            exit=one.exit,
-            layers=tuple(node_label(graph.nodes[place]) for place in sorted(layers)),
-            macs=round(saved["macs"]),
-            params=round(saved["params"]),
-            refused=refused,
+    places = {node_label(node): place for place, node in enumerate(offer.graph.nodes)}
+    held = []
+    for refusal in offer.refusals:
+        alone = frozenset({places[refusal.node]})
+        held.append(
+            _region(offer, found.Region(refusal.entry, refusal.exit, alone, alone), refusal.detail)
         )
+    return (*(_region(offer, one) for one in offer.regions), *held)
 
-    offered = [value(one, one.nodes, one.layers) for one in regions]
-    alone = [(refusal, frozenset({places[refusal.node]})) for refusal in refusals]
-    held = [value(refusal, place, place, refusal.detail) for refusal, place in alone]
-    return (*offered, *held)
+
+def _region(offer: Offer, one: found.Region, refused: str = "") -> Region:
+    saved = offer.costs.of(one.nodes)
+    return Region(
+        entry=one.entry,
+        exit=one.exit,
+        layers=tuple(node_label(offer.graph.nodes[place]) for place in sorted(one.layers)),
+        macs=round(saved["macs"]),
+        params=round(saved["params"]),
+        refused=refused,
+    )
+
+
+def _removal(offer: Offer, one: removal.Removal) -> Removal:
+    return Removal(region=_region(offer, one.region), influence=one.influence, drift=one.drift)
 
 
 def _frozen(coupling: Coupling) -> tuple[Frozen, ...]:

@@ -8,14 +8,18 @@ import onnx_ir as ir
 import pytest
 from nets import Net, attention
 
+import secateur
 import secateur.graphops
+from secateur.errors import Code, Refused
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.regions.find import find
 from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.surgery.bypass import bypass
+from secateur.graphops.verify.law import check_law
 from secateur.graphops.verify.runtime import open_session
+from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Region
 
@@ -264,3 +268,153 @@ def test_a_chain_of_regions_and_a_graph_output() -> None:
     del only.graph.output[:]
     only.graph.output.append(onnx.ValueInfoProto(name=x))
     assert np.array_equal(run(only, feeds)[0], run(model, feeds)[0])
+
+
+# -- choosing ----------------------------------------------------------------------------------
+
+
+def residual(seed: int = 0, blocks: int = 4, idle: int = 2) -> tuple[bytes, list[str]]:
+    """Residual blocks, one of which hardly adds anything; and the streams between them."""
+    net = Net(seed=seed)
+    streams = [net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8)]
+    for block in range(blocks):
+        inner = net.op("Relu", net.conv(streams[-1], 8, 8, 3))
+        last = net.conv(inner, 8, 8)
+        if block == idle:
+            last = net.op("Mul", last, net.const(np.float32(0.01)))
+        streams.append(net.op("Add", streams[-1], last))
+    net.output(net.conv(streams[-1], 8, 4))
+    return net.bytes(), streams
+
+
+def samples(count: int = 64) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    return {"x": draw.standard_normal((count, 3, 6, 6)).astype(np.float32)}
+
+
+def prune(source: bytes, calibration: object = None, **fields: object) -> secateur.Result:
+    recipe = secateur.Recipe.parse({"granularity": ["layer"], **fields})
+    return secateur.graphops.prune(source, recipe, calibration=calibration, measure_latency=False)  # type: ignore[arg-type]
+
+
+def test_the_block_that_matters_least_goes() -> None:
+    source, streams = residual()
+    result = prune(source, samples(), target={"layers": 0.8}, repair=False)
+    (one,) = result.plan.removed
+    assert (one.entry, one.exit) == (streams[2], streams[3])
+    (removal,) = result.report.removed
+    assert removal.drift is not None
+    assert removal.influence is not None
+    assert 0 < removal.drift < 1e-3
+    assert 0 <= removal.influence < 1e-3
+    assert check_law(source, result).difference < 1e-5
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.6}, {"params": 0.6}, {"macs": 0.7, "layers": 0.5}])
+def test_targets_are_met_from_below_and_no_region_more(target: dict[str, float]) -> None:
+    source, _ = residual(blocks=5)
+    result = prune(source, samples(), target=target, repair=False)
+    report = result.report
+    kept = {
+        "macs": report.after.macs / report.before.macs,
+        "params": report.after.params / report.before.params,
+        "layers": 1 - sum(len(one.region.layers) for one in report.removed) / 12,
+    }
+    assert all(kept[key] <= share for key, share in target.items())
+    for one in report.removed:
+        back = {
+            "macs": kept["macs"] + one.region.macs / report.before.macs,
+            "params": kept["params"] + one.region.params / report.before.params,
+            "layers": kept["layers"] + len(one.region.layers) / 12,
+        }
+        assert any(back[key] > share for key, share in target.items())
+
+
+def test_the_pruned_model_counts_what_the_plan_says() -> None:
+    source, _ = residual()
+    result = prune(source, samples(), target={"layers": 0.6})
+    before, after = onnx.load_from_string(source), onnx.load_from_string(result.model)
+    gone = {name for one in result.plan.removed for name in one.nodes}
+    outputs = [node.output[0] for node in before.graph.node]
+    assert [name for name in outputs if name not in gone] == [n.output[0] for n in after.graph.node]
+    read = {name for node in after.graph.node for name in node.input}
+    assert {tensor.name for tensor in after.graph.initializer} <= read
+
+
+def test_repair_takes_over_part_of_what_went() -> None:
+    source, _ = residual(idle=-1)
+    fields = {"target": {"layers": 0.85}}
+    bare = prune(source, samples(256), **fields, repair=False)
+    repaired = prune(source, samples(256), **fields)
+    assert repaired.plan.removed == bare.plan.removed
+    assert repaired.report.repair
+    drifts = [one.report.verification.drift[0].relative_error for one in (repaired, bare)]
+    assert drifts[0] < 0.8 * drifts[1]
+
+
+def test_a_plan_replays_without_data() -> None:
+    source, _ = residual()
+    result = prune(source, samples(), target={"layers": 0.6}, repair=False)
+    plan = Plan.from_json(result.plan.to_json())
+    again = secateur.graphops.prune(source, plan=plan, measure_latency=False)
+    assert again.model == result.model
+    assert again.plan == result.plan
+
+
+def test_a_plan_that_removes_something_else_is_refused() -> None:
+    source, _ = residual()
+    plan = prune(source, samples(), target={"layers": 0.6}, repair=False).plan
+    first = plan.removed[0]
+    for other in (
+        first.model_copy(update={"exit": first.entry}),
+        first.model_copy(update={"nodes": first.nodes[1:]}),
+    ):
+        changed = plan.model_copy(update={"removed": (other,)})
+        with pytest.raises(Refused) as caught:
+            secateur.graphops.prune(source, plan=changed, measure_latency=False)
+        assert caught.value.refusal.code is Code.INVALID_PLAN
+    twice = plan.model_copy(update={"removed": (first, first)})
+    with pytest.raises(Refused, match="overlaps"):
+        secateur.graphops.prune(source, plan=twice, measure_latency=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"target": {"channels": 0.5}}, Code.INVALID_RECIPE),
+        ({"target": {"macs": 0.5}, "criterion": "l2"}, Code.INVALID_RECIPE),
+        ({"target": {"macs": 0.5}, "granularity": ["layer", "channel"]}, Code.INVALID_RECIPE),
+        ({"target": {"layers": 0.5}, "granularity": ["channel"]}, Code.INVALID_RECIPE),
+        ({"target": {"layers": 0.1}}, Code.UNREACHABLE_TARGET),
+    ],
+    ids=["channels", "criterion", "combined", "layers of channels", "too far"],
+)
+def test_what_cannot_be_honoured_is_refused(fields: dict[str, object], code: Code) -> None:
+    source, _ = residual()
+    with pytest.raises(Refused) as caught:
+        prune(source, samples(), **fields)
+    assert caught.value.refusal.code is code
+
+
+def test_the_closest_value_of_a_refusal_can_be_reached() -> None:
+    source, _ = residual()
+    with pytest.raises(Refused) as caught:
+        prune(source, samples(), target={"layers": 0.1})
+    closest = float(caught.value.refusal.found.split()[0])
+    assert closest == pytest.approx(2 / 10)
+    prune(source, samples(), target={"layers": closest}, repair=False)
+
+
+def test_layers_need_data() -> None:
+    source, _ = residual()
+    with pytest.raises(Refused) as caught:
+        prune(source, target={"macs": 0.5})
+    assert caught.value.refusal.code is Code.INVALID_CALIBRATION
+
+
+def test_a_model_without_regions_is_refused() -> None:
+    net = Net()
+    net.output(net.conv(net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8)), 8, 4))
+    with pytest.raises(Refused) as caught:
+        prune(net.bytes(), samples(), target={"macs": 0.5})
+    assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE

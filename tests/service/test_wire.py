@@ -53,6 +53,7 @@ SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
 REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
 WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
 STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
+REMOVAL = report.Removal(region=REGION, influence=0.25, drift=0.0)
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
@@ -67,6 +68,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (VERIFICATION, report_pb2.Verification),
     (SENSITIVITY, report_pb2.Sensitivity),
     (REGION, report_pb2.Region),
+    (REMOVAL, report_pb2.Removal),
     (STEP, report_pb2.RepairStep),
     (WEIGHT, report_pb2.SparseWeight),
     (STAGE_DRIFT, report_pb2.StageDrift),
@@ -86,6 +88,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             after=COST,
             groups=(GROUP, GROUP),
             frozen=(),
+            removed=(REMOVAL,),
             sensitivity=(SENSITIVITY,),
             repair=(STEP, STEP),
             sparse_weights=(WEIGHT,),

@@ -130,7 +130,7 @@ class _Search:
         low, high = 0, len(self._steps)
         least = measure(self._after(high))
         if least > fraction * original:
-            raise _unreachable(target, fraction, least / original)
+            raise unreachable(target, fraction, least / original)
         while low < high:
             middle = (low + high) // 2
             if measure(self._after(middle)) <= fraction * original:
@@ -163,7 +163,8 @@ class _Search:
                 return
 
 
-def _unreachable(target: str, fraction: float, closest: float) -> Refused:
+def unreachable(target: str, fraction: float, closest: float) -> Refused:
+    """The refusal of a target that everything that may go does not meet."""
     return refuse(
         Code.UNREACHABLE_TARGET,
         f"target {target}={fraction:g} cannot be reached",

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from secateur.errors import Code, refuse
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.planning.removal import Offer
+from secateur.graphops.regions.find import Region
 from secateur.plan import Plan
 
 
@@ -27,13 +29,7 @@ def units_kept(
         Refused: `INVALID_PLAN` when the plan is for another model, names what the model does not
             have, or keeps part of what goes together.
     """
-    if plan.source != sha256:
-        raise refuse(
-            Code.INVALID_PLAN,
-            "the plan was made for another model",
-            expected=f"SHA-256 {plan.source}",
-            found=sha256,
-        )
+    _check_source(plan, sha256)
     keep = np.ones(coupling.count + 1, np.bool_)
     stated: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
     for entry in plan.kept:
@@ -62,6 +58,51 @@ def units_kept(
             keep[units[~mask]] = False
     _check_consistent(stated, keep, coupling, copies)
     return keep
+
+
+def regions_removed(plan: Plan, offer: Offer, sha256: str) -> tuple[Region, ...]:
+    """The regions that go under a plan.
+
+    Args:
+        plan: to replay.
+        offer: the regions of the model it is replayed on.
+        sha256: of that model.
+
+    Raises:
+        Refused: `INVALID_PLAN` when the plan is for another model, or removes what is no region
+            of it, or parts that overlap.
+    """
+    _check_source(plan, sha256)
+    offered = {(one.entry, one.exit): one for one in offer.regions}
+    found: list[Region] = []
+    for entry in plan.removed:
+        one = offered.get((entry.entry, entry.exit))
+        if one is None or entry.nodes != offer.names(one):
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"between {entry.entry!r} and {entry.exit!r} lies not what the plan removes",
+                nodes=(entry.entry, entry.exit),
+                expected="a region of `secateur inspect`, with the nodes that go with it",
+                found="no such region" if one is None else f"{len(one.nodes)} nodes",
+            )
+        if any(not one.nodes.isdisjoint(other.nodes) for other in found):
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"the region that ends at {entry.exit!r} overlaps another that the plan removes",
+                nodes=(entry.exit,),
+            )
+        found.append(one)
+    return tuple(found)
+
+
+def _check_source(plan: Plan, sha256: str) -> None:
+    if plan.source != sha256:
+        raise refuse(
+            Code.INVALID_PLAN,
+            "the plan was made for another model",
+            expected=f"SHA-256 {plan.source}",
+            found=sha256,
+        )
 
 
 def _check_consistent(

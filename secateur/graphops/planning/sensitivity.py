@@ -1,12 +1,8 @@
 """What a cut of each group does to the outputs, measured: trial cuts, run in ONNX Runtime.
 
 For every group and a few shares, the units that matter least go, their consumers are compensated,
-and the result runs on calibration samples that the compensation has not seen. The drift of the
-outputs is
-
-    D = Σ ‖y′ − y‖² / Σ ‖y − ȳ‖²        over samples and outputs
-
-and everything else (the other shares, the budget) follows from these few points. The trials of
+and the result runs on calibration samples that the compensation has not seen. Everything else (the
+other shares, the budget) follows from the drift of the outputs at these few points. The trials of
 one group start where it first shows, on values that the original has left there.
 """
 
@@ -18,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graphops.calibration.data import Array, Feeds, sample_count
-from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import UnitGroup
+from secateur.graphops.planning.drift import Answers
 from secateur.graphops.repair.compensate import compensate
 from secateur.graphops.surgery.cut import cut
 
@@ -86,17 +81,8 @@ class _Trials:
 
     def __init__(self, observed: Observed, copies: Mapping[str, str], samples: int) -> None:
         self._observed, self._copies = observed, copies
-        graph = observed.model.graph
-        batches: list[Feeds] = []
-        for batch in observed.judges:
-            if sum(map(sample_count, batches)) < samples:
-                batches.append(batch)
-        self._network = Network(observed.model, batches)
-        self._outputs = [str(value.name) for value in graph.outputs]
-        piece = self._network.piece(self._outputs)
-        self._wanted = [piece.run(place) for place in range(len(batches))]
-        self._variance = max(sum(self._spread(values) for values in self._wanted), 1e-30)
-        self._nodes = list(graph)
+        self._answers = Answers(observed, samples)
+        self._nodes = list(observed.model.graph)
         self._first: dict[str, int] = {}  # tensor → where it first shows
         for place, node in enumerate(self._nodes):
             for value in (*node.inputs, *node.outputs):
@@ -114,27 +100,6 @@ class _Trials:
         keep[units] = False
         pruned, _ = cut(observed.model, observed.coupling, keep, self._copies)
         compensate(pruned, observed, keep)
-        self._network.advance(self._nodes[self.begins(group)])
-        piece = self._network.beside(pruned).piece(self._outputs)
-        error = 0.0
-        for place, wanted in enumerate(self._wanted):
-            found = piece.run(place)
-            error += sum(
-                float(((found[name].astype(np.float64) - array) ** 2).sum())
-                for name, array in wanted.items()
-                if _counts(array)
-            )
-        return error / self._variance if np.isfinite(error) else 1e9
-
-    def _spread(self, values: Mapping[str, Array]) -> float:
-        """Σ ‖y − ȳ‖², the mean taken per position of the last axis."""
-        total = 0.0
-        for array in values.values():
-            if _counts(array):
-                rows = array.reshape(-1, array.shape[-1] if array.ndim else 1).astype(np.float64)
-                total += float(((rows - rows.mean(axis=0)) ** 2).sum())
-        return total
-
-
-def _counts(array: Array) -> bool:
-    return array.dtype.kind == "f"
+        network = self._answers.network
+        network.advance(self._nodes[self.begins(group)])
+        return self._answers.drift(network.beside(pruned).piece(self._answers.outputs))

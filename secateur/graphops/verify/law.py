@@ -6,6 +6,7 @@
 (Zeroing the producers would not do: a bias, a sigmoid or a shift makes zero non-zero.) Nodes that
 normalise or reduce inexactly across a cut axis are the named exceptions; in the reference they
 are computed over the positions that stay, everything else being the original's own arithmetic.
+Regions that went whole are left out of the reference too; tests hold that to Identity.
 The reference is an ordinary ONNX model that ONNX Runtime runs: no rule's rewrite is involved in
 it, so it checks surgery against analysis independently.
 """
@@ -27,6 +28,7 @@ from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.planning import replay
+from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import open_session
 from secateur.result import Result
@@ -60,11 +62,13 @@ def check_law(source: ModelSource, result: Result, *, seed: int = 0) -> LawCheck
     """
     opened = open_model(source)
     copies = unshare(opened.model)
-    shapes = infer_shapes(opened.model)
-    coupling = couple(opened.model, shapes, result.plan.recipe)
+    removed = {one.exit: one.entry for one in result.plan.removed}
+    model = bypass(opened.model, removed) if removed else opened.model
+    shapes = infer_shapes(model)
+    coupling = couple(model, shapes, result.plan.recipe)
     keep = replay.units_kept(result.plan, coupling, copies, opened.sha256)
-    reference, exceptions = _reference(opened.model, coupling, keep)
-    feeds = example_feeds(opened.model.graph, shapes, seed=seed)
+    reference, exceptions = _reference(model, coupling, keep)
+    feeds = example_feeds(model.graph, shapes, seed=seed)
     # Lean sessions run quantised models in floats between Q and DQ: integer kernels of some
     # processors saturate, and then neighbours that went change what stays.
     serialised = ir.to_proto(self_contained(reference)).SerializeToString()
