@@ -217,6 +217,25 @@ def test_the_same_call_gives_the_same_bytes() -> None:
     assert first.report.sensitivity
 
 
+def test_weights_in_constant_nodes_are_refitted_alike() -> None:
+    model = onnx.load_from_string(redundant())
+    constants = [
+        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in model.graph.initializer
+    ]
+    nodes = [*constants, *model.graph.node]
+    del model.graph.initializer[:], model.graph.node[:]
+    model.graph.node.extend(nodes)
+    recipe = secateur.Recipe(target={"macs": 0.5})
+    drifts = [
+        secateur.prune(source, recipe, calibration=images(), measure_latency=False)
+        .report.verification.drift[0]
+        .relative_error
+        for source in (redundant(), model)
+    ]
+    assert drifts[1] == pytest.approx(drifts[0], rel=1e-3)
+
+
 def test_measured_scope_spares_what_the_output_needs() -> None:
     result = secateur.prune(
         redundant(),

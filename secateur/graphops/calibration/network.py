@@ -68,6 +68,7 @@ class Network:
         crossing = [
             name
             for place in range(self._at, stop)
+            if self._nodes[place].op_type != "Constant"  # weights are read where they lie
             for name in (str(output.name) for output in self._nodes[place].outputs if output.name)
             if self._last_use.get(name, -1) >= stop
         ]
