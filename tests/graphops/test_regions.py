@@ -11,9 +11,11 @@ from nets import Net, attention
 import secateur
 import secateur.graphops
 from secateur.errors import Code, Refused
+from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.planning import removal
 from secateur.graphops.regions.find import find
 from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.surgery.bypass import bypass
@@ -418,3 +420,19 @@ def test_a_model_without_regions_is_refused() -> None:
     with pytest.raises(Refused) as caught:
         prune(net.bytes(), samples(), target={"macs": 0.5})
     assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
+
+
+def test_influence_is_the_same_where_not_all_values_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, streams = residual()
+    opened = open_model(source)
+    coupling = couple(opened.model, infer_shapes(opened.model))
+    offer = removal.Offer.of(opened.model.graph, coupling, {}, 1, ())
+    observed = Observed(opened.model, coupling, [samples()], 0)
+    together = removal.influences(observed, offer)
+    monkeypatch.setattr(removal, "HOLD", 0)
+    one_by_one = removal.influences(observed, offer)
+    assert together.keys() == one_by_one.keys()
+    for region, value in together.items():
+        assert one_by_one[region] == pytest.approx(value, abs=1e-6)
+    least = min(together, key=lambda region: together[region])
+    assert (least.entry, least.exit) == (streams[2], streams[3])

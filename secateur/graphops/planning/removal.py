@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration.data import Array
-from secateur.graphops.calibration.network import Network
+from secateur.graphops.calibration.network import HOLD, Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.planning import cost
@@ -256,12 +256,17 @@ class _Search:
 def influences(observed: Observed, offer: Offer) -> dict[Region, float]:
     """1 − cos(entry, exit) of each region, on one batch."""
     network = Network(observed.model, observed.batches[:1])
-    nodes, producer = offer.graph.nodes, offer.graph.producer
+    graph, shapes = offer.graph, offer.graph.coupling.shapes
+    names = list(dict.fromkeys(name for one in offer.regions for name in (one.entry, one.exit)))
+    together: dict[str, Array] | None = None
+    if sum(4 * math.prod(size or 1 for size in shapes.of(name) or ()) for name in names) <= HOLD:
+        together = network.piece(names).run(0)
     found = {}
-    for one in sorted(offer.regions, key=lambda one: (producer.get(one.entry, -1), one.exit)):
-        start = producer.get(one.entry, -1) + 1
-        network.advance(nodes[start])
-        values = network.piece([one.entry, one.exit]).run(0)
+    for one in sorted(offer.regions, key=lambda one: (graph.producer.get(one.entry, -1), one.exit)):
+        values = together
+        if values is None:
+            network.advance(graph.nodes[graph.producer.get(one.entry, -1) + 1])
+            values = network.piece([one.entry, one.exit]).run(0)
         found[one] = 1.0 - _cosine(values[one.entry], values[one.exit])
     return found
 
