@@ -3,7 +3,8 @@
     python benchmarks/layers.py [MODEL …]
 
 Uses `../shared/bench`. `layers` is the share of matrix products with weights that stays: 30 and 24
-of MiniLM's 36 are one and two blocks fewer, 38 of ResNet-56's 56 are nine residual blocks fewer.
+of MiniLM's 36 are as many fewer as one and two blocks have, 38 of ResNet-56's 56 as nine residual
+blocks have. Which go, and whether as blocks or as halves, is what is measured.
 Each is run with and without repair.
 """
 
