@@ -183,11 +183,11 @@ class Jobs:
 
     @contextlib.asynccontextmanager
     async def _folder(self) -> AsyncIterator[pathlib.Path]:
-        folder = await asyncio.to_thread(self._store.new_job)
+        folder = self._store.new_job()  # not in a thread: a call cancelled meanwhile would leave it
         try:
             yield folder
-        finally:
-            await asyncio.to_thread(self._store.end_job, folder)
+        finally:  # to its end, even if the call is cancelled once more
+            await asyncio.shield(asyncio.to_thread(self._store.end_job, folder))
 
     async def _place(
         self,
