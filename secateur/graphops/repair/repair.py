@@ -112,8 +112,7 @@ class _Fit:
             last = batch == self._batches - 1
             sums = held if batch % HELD_BACK == HELD_BACK - 1 or last else seen
             sums.add(*rows)
-            unchanged = sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30)
-            if batch == 0 and unchanged:
+            if batch == 0 and sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30):
                 return None
         if not seen.count:
             return None  # one batch: nothing to judge a fit by
