@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from secateur.graphops.calibration.data import Array, Feeds
 from secateur.graphops.model.opening import release
-from secateur.graphops.model.shapes import bodies
+from secateur.graphops.model.shapes import captured_by
 from secateur.graphops.verify.runtime import does_not_run, open_session
 
 HOLD = 512 << 20  # bytes of values held between nodes
@@ -155,14 +155,7 @@ class Piece:
 def read_by(node: ir.Node) -> list[ir.Value]:
     """What a node reads: its inputs, and what its subgraphs take from outside."""
     found = [value for value in node.inputs if value is not None and value.name]
-    for body in bodies(node).values():
-        inside = set(body.inputs) | set(body.initializers.values())
-        for inner in body.all_nodes():
-            inside.update(inner.outputs)
-        for inner in body.all_nodes():
-            found += [v for v in inner.inputs if v is not None and v not in inside]
-        found += [v for v in body.outputs if v is not None and v not in inside]
-    return found
+    return found + [value for value in captured_by(node) or () if value.name]
 
 
 def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:

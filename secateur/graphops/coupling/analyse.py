@@ -14,7 +14,7 @@ from secateur.graphops.coupling import units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, bodies, constant_tensor, walk
+from secateur.graphops.model.shapes import Shapes, bodies, captured_by, constant_tensor, walk
 from secateur.recipe import Recipe
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
@@ -87,7 +87,7 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 
 
 def _visit(flow: Flow, node: ir.Node) -> None:
-    captured = None if bodies(node) else _captured(node)
+    captured = None if bodies(node) else captured_by(node)
     if captured is not None:
         flow.hold(node)
         for value in (*node.inputs, *captured):
@@ -131,27 +131,6 @@ def _freeze_reached(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
     for value in node.inputs:
         if value is not None and value.name not in flow.constants:
             flow.freeze_value(value, node, code, detail)
-
-
-def _captured(node: ir.Node) -> list[ir.Value] | None:
-    """Values of the outer graph that the node's subgraphs read; None without subgraphs."""
-    graphs = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    if not graphs:
-        return None
-    found = []
-    for graph in graphs:
-        inside = set(graph.inputs) | set(graph.initializers.values())
-        for inner in graph.all_nodes():
-            inside.update(inner.outputs)
-        for inner in graph.all_nodes():
-            found += [v for v in inner.inputs if v is not None and v not in inside]
-        found += [v for v in graph.outputs if v not in inside]
-    return found
 
 
 def _ignore(flow: Flow, graph: ir.Graph, globs: Sequence[str]) -> None:

@@ -531,6 +531,27 @@ def live_branch(node: ir.Node, condition: Array | None) -> ir.Graph | None:
     return bodies(node).get("then_branch" if condition.reshape(-1)[0] else "else_branch")
 
 
+def captured_by(node: ir.Node) -> list[ir.Value] | None:
+    """Values of the outer graph that the node's subgraphs read; None without subgraphs."""
+    graphs = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    if not graphs:
+        return None
+    found = []
+    for graph in graphs:
+        inside = set(graph.inputs) | set(graph.initializers.values())
+        for inner in graph.all_nodes():
+            inside.update(inner.outputs)
+        for inner in graph.all_nodes():
+            found += [v for v in inner.inputs if v is not None and v not in inside]
+        found += [v for v in graph.outputs if v not in inside]
+    return found
+
+
 def walk(graph: ir.Graph) -> Iterator[ir.Node]:
     """Every node, those of bodies after the node they belong to (onnx_ir's own traversal looks
     into every attribute of every node, which costs more than the labels of a graph)."""
