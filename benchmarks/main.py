@@ -62,7 +62,7 @@ def models() -> dict[str, bytes]:
 @contextlib.contextmanager
 def server() -> Iterator[str]:
     """A server as a process of its own; yields its address."""
-    command = [sys.executable, "-m", "secateur", "serve", "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "secateur", "serve", "--listen", "127.0.0.1:0", "--no-cache"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
