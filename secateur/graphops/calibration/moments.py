@@ -8,6 +8,7 @@ takes the memory of one batch and of the moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -188,14 +189,17 @@ def _reading(view: LinearMap) -> object:
 def _of_one(network: Network, view: LinearMap, seed: int) -> Moments:
     network.advance(view.node)
     x, y = str(view.node.inputs[0].name), str(view.node.outputs[0].name)  # type: ignore[union-attr]
-    piece = network.piece([x, y])
+    before, through = network.piece([x]), network.piece([x, y])
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of y by that of x
     generator = np.random.default_rng(seed)
     entries = width(view)
     moments = Moments.zeros(view.groups, entries)
     for batch in range(network.batches):
-        values = piece.run(batch)
-        shape = values[y].shape
-        positions = values[y].size // shape[view.y_axis]
+        data = before.run(batch)[x]
+        if data.shape not in shapes:  # the node itself need not run for more
+            shapes[data.shape] = through.run(batch)[y].shape
+        shape = shapes[data.shape]
+        positions = math.prod(shape) // shape[view.y_axis]
         places = sample_places(positions, network.batches, entries, generator)
-        moments.add(view.rows(values[x], shape, places).astype(np.float32))
+        moments.add(view.rows(data, shape, places).astype(np.float32))
     return moments
