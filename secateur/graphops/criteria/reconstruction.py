@@ -96,7 +96,7 @@ def reconstruction(context: Context) -> Matrix:
         line = observed.line(view)
         for unit in np.unique(line).tolist() if line is not None else ():
             reads.setdefault(unit, []).append(name)
-    magnitudes = magnitude.l2(context)
+    norms: Matrix | None = None  # read from every weight: only for a group that needs them
     for group in context.coupling.groups:
         consumers = [
             consumer
@@ -106,7 +106,8 @@ def reconstruction(context: Context) -> Matrix:
         if consumers:
             scores[group.units] = eliminate(consumers, group.units.size)
         else:
-            scores[group.units] = magnitudes[group.units]
+            norms = magnitude.l2(context) if norms is None else norms
+            scores[group.units] = norms[group.units]
     return scores
 
 
