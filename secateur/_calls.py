@@ -23,7 +23,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secateur import _trace, _wire
-from secateur._inputs import Source, calibration_sources, model_source
+from secateur._inputs import Source, model_source, samples_sources
 from secateur.errors import ServerError
 from secateur.operation import Operation
 from secateur.plan import Plan
@@ -134,6 +134,7 @@ class Calls:
         model: Any,
         recipe: Recipe | None,
         calibration: Any,
+        labels: Any,
         plan: Plan | None,
         progress: ProgressCallback | None,
         timeout: float | None,
@@ -142,7 +143,7 @@ class Calls:
         with self._call("prune"):
             budget = self._budget(timeout)
             request = pruning_pb2.PruneRequest()
-            await self._fill(request, model, recipe, calibration, plan, budget)
+            await self._fill(request, model, recipe, calibration, labels, plan, budget)
             return await self._result(await self._events(request, progress, budget), budget)
 
     async def inspect(
@@ -154,7 +155,7 @@ class Calls:
             request = pruning_pb2.InspectRequest(model=await self._send_model(model, budget))
             if recipe is not None:
                 request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
-            await self._send_calibration(request, calibration, budget)
+            await self._send_samples(request, "calibration", calibration, budget)
             response = await self._transport.unary("Inspect", request, budget.left())
             return _wire.from_wire(response.inspection, Inspection)
 
@@ -175,6 +176,7 @@ class Calls:
         model: Any,
         recipe: Recipe | None,
         calibration: Any,
+        labels: Any,
         plan: Plan | None,
         request_id: str | None,
         timeout: float | None,
@@ -183,7 +185,7 @@ class Calls:
         with self._call("start_prune"):
             budget = self._budget(timeout)
             request = pruning_pb2.StartPruneRequest(request_id=request_id or str(uuid.uuid4()))
-            await self._fill(request, model, recipe, calibration, plan, budget)
+            await self._fill(request, model, recipe, calibration, labels, plan, budget)
             return await self._operation("StartPrune", request, budget)
 
     async def get_operation(self, operation: Operation | str, timeout: float | None) -> Operation:
@@ -272,6 +274,7 @@ class Calls:
         model: Any,
         recipe: Recipe | None,
         calibration: Any,
+        labels: Any,
         plan: Plan | None,
         budget: _Budget,
     ) -> None:
@@ -279,18 +282,20 @@ class Calls:
         request.model.CopyFrom(await self._send_model(model, budget))
         if recipe is not None:
             request.recipe.CopyFrom(_wire.recipe_to_wire(recipe))
-        await self._send_calibration(request, calibration, budget)
+        await self._send_samples(request, "calibration", calibration, budget)
+        await self._send_samples(request, "labels", labels, budget)
         if plan is not None:
             text = Source(plan.to_json().encode())
             request.plan.CopyFrom(await self._send(text, budget))
 
-    async def _send_calibration(self, request: Any, calibration: Any, budget: _Budget) -> None:
-        if calibration is None:
+    async def _send_samples(self, request: Any, kind: str, samples: Any, budget: _Budget) -> None:
+        """Puts samples into the field `kind` of a request: `calibration` or `labels`."""
+        if samples is None:
             return
-        request.calibration.SetInParent()  # an empty folder is not the same as none
-        for name, source in await self._transport.blocking(calibration_sources, calibration):
-            content = await self._send(source, budget)
-            request.calibration.parts.add(name=name, content=content)
+        field = getattr(request, kind)
+        field.SetInParent()  # an empty folder is not the same as none
+        for name, source in await self._transport.blocking(samples_sources, samples, kind):
+            field.parts.add(name=name, content=await self._send(source, budget))
 
     async def _result(self, result: Any, budget: _Budget) -> Result:
         weights = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 import secateur
-from secateur._show import MEASURES
+from secateur._show import MEASURES, accuracies
 from secateur.report import Report, Stage
 
 _STYLE = """
@@ -35,6 +35,7 @@ def page(report: Report, title: str) -> str:
         _costs(report),
         "<h2>Drift</h2>",
         _drift(report),
+        *(f"<p>{html.escape(line)}</p>" for line in accuracies(report)),
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
         *_removed(report),

@@ -90,28 +90,33 @@ def _model_value(model: Any) -> Source:
     )
 
 
-def calibration_sources(calibration: Any) -> list[tuple[str, Source]]:
+def samples_sources(samples: Any, kind: str) -> list[tuple[str, Source]]:
     """(file name, content) of each part: an `.npz`, those of a folder, or a mapping of arrays.
 
+    Args:
+        samples: the path or mapping.
+        kind: `calibration` or `labels`.
+
     Raises:
-        Refused: `INVALID_CALIBRATION` when a path cannot be read, a folder holds none, or an array
-            holds objects.
+        Refused: `INVALID_CALIBRATION` or `INVALID_LABELS` when a path cannot be read, a folder
+            holds none, or an array holds objects.
     """
-    if isinstance(calibration, Mapping):
-        return [("calibration.npz", Source(_npz(calibration)))]
-    path = pathlib.Path(calibration)
+    code = Code[f"INVALID_{kind.upper()}"]
+    if isinstance(samples, Mapping):
+        return [(f"{kind}.npz", Source(_npz(samples, code)))]
+    path = pathlib.Path(samples)
     if path.is_dir():
         parts = sorted(path.glob("*.npz"))
         if not parts:  # in the engine's words, as below
             raise refuse(
-                Code.INVALID_CALIBRATION,
-                f"calibration folder {path} holds no .npz files",
+                code,
+                f"folder {path} holds no .npz files",
                 expected="at least one .npz file",
                 found="none",
             )
     else:
         parts = [path]
-    return [(part.name, _calibration_file(part)) for part in parts]
+    return [(part.name, _samples_file(part, code)) for part in parts]
 
 
 # What cannot be read is refused here in the words of the engine, which tries it in process.
@@ -174,14 +179,14 @@ def _external_tensors(message: Any) -> Iterator[Any]:
                 yield from _external_tensors(part)
 
 
-def _calibration_file(path: pathlib.Path) -> Source:
+def _samples_file(path: pathlib.Path, code: Code) -> Source:
     try:
         return _file(path)
     except OSError as error:
         raise refuse(
-            Code.INVALID_CALIBRATION,
-            f"calibration file {path.name} cannot be read: {error}",
-            expected="an .npz file with one array per model input, samples along axis 0",
+            code,
+            f"file {path.name} cannot be read: {error}",
+            expected="an .npz file with arrays by name, samples along axis 0",
         ) from None
 
 
@@ -190,7 +195,7 @@ def _file(path: pathlib.Path) -> Source:
         return Source(path)
 
 
-def _npz(arrays: Mapping[str, Any]) -> bytes:
+def _npz(arrays: Mapping[str, Any], code: Code) -> bytes:
     """The `.npz` of `arrays`. By hand, since `numpy.savez` takes names as keyword arguments."""
     import numpy as np
 
@@ -202,8 +207,8 @@ def _npz(arrays: Mapping[str, Any]) -> bytes:
                     np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
                 except ValueError as error:
                     raise refuse(
-                        Code.INVALID_CALIBRATION,
-                        f"input {name!r}: {error}",
+                        code,
+                        f"array {name!r}: {error}",
                         nodes=(name,),
                         expected="an array of numbers",
                         found=np.asanyarray(array).dtype,

@@ -149,6 +149,8 @@ def report(found: Report, out: pathlib.Path) -> None:
         _drift(console, stage.drift)
         console.print(f"after {found.stage_drift[-1].stage}:")
     _drift(console, checked.drift)
+    for line in accuracies(found):
+        console.print(line, markup=False)
     for one in found.removed:
         region = one.region
         text = f"left out: {len(region.layers)} layers between {region.entry} and {region.exit}"
@@ -300,6 +302,18 @@ def _drift(console: rich.console.Console, drift: tuple[Drift, ...]) -> None:
         console.print(text, markup=False)
     if len(drift) > _REASONS:
         console.print(f"and {len(drift) - _REASONS} more outputs")
+
+
+def accuracies(found: Report) -> Iterator[str]:
+    """A sentence per output that was scored."""
+    for one in found.accuracy:
+        text = f"accuracy of {one.output}: {one.top1_before:.2%} → {one.top1_after:.2%} top-1"
+        if one.top5_before is not None and one.top5_after is not None:
+            text += f", {one.top5_before:.2%} → {one.top5_after:.2%} top-5"
+        kind = "labels"
+        if one.from_calibration:
+            kind = f"labels of {'held-back ' if one.held_back else ''}calibration samples"
+        yield f"{text}, by {one.labels} {kind}"
 
 
 def _frozen(console: rich.console.Console, frozen: tuple[Frozen, ...]) -> None:

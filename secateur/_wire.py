@@ -68,6 +68,7 @@ STATUS_OF_CODE: dict[Code, grpc.StatusCode] = {
     Code.NOTHING_TO_PRUNE: grpc.StatusCode.FAILED_PRECONDITION,
     Code.VERIFICATION_FAILED: grpc.StatusCode.FAILED_PRECONDITION,
     Code.LIMIT_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.INVALID_LABELS: grpc.StatusCode.INVALID_ARGUMENT,
 }
 
 _Message = TypeVar("_Message", bound=message.Message)

@@ -67,9 +67,11 @@ class Client:
         plan: Plan | None = None,
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
+        *,
+        labels: Any = None,
     ) -> Result:
         """Prunes a model on the server; `progress` is called in the event loop. See `Client`."""
-        return await self._calls.prune(model, recipe, calibration, plan, progress, timeout)
+        return await self._calls.prune(model, recipe, calibration, labels, plan, progress, timeout)
 
     async def inspect(
         self,
@@ -97,9 +99,13 @@ class Client:
         plan: Plan | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
+        *,
+        labels: Any = None,
     ) -> Operation:
         """Starts a prune that outlives this call. See `secateur.Client.start_prune`."""
-        return await self._calls.start_prune(model, recipe, calibration, plan, request_id, timeout)
+        return await self._calls.start_prune(
+            model, recipe, calibration, labels, plan, request_id, timeout
+        )
 
     async def get_operation(
         self, operation: Operation | str, timeout: float | None = None

@@ -54,6 +54,14 @@ Calibration = Annotated[
     pathlib.Path | None,
     typer.Option(metavar="PATH", help="An .npz, or a folder of them; no labels needed."),
 ]
+Labels = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Class numbers of the calibration samples, or with samples of their own: an .npz, or "
+        "a folder of them. Original and result are scored by them; nothing else reads them.",
+    ),
+]
 RecipeFile = Annotated[
     pathlib.Path | None,
     typer.Option(metavar="FILE.yaml", help="Read the recipe here; flags override its fields."),
@@ -170,6 +178,7 @@ def prune(
         ),
     ] = None,
     calibration: Calibration = None,
+    labels: Labels = None,
     repair: Annotated[
         bool | None,
         typer.Option("--repair/--no-repair", help="Refit what is left (with --calibration)."),
@@ -253,7 +262,7 @@ def prune(
             text = "needs --server, and `operations wait` says where its result goes"
             raise typer.BadParameter(text, param_hint="--detach")
         with connection.client() as client:
-            started = client.start_prune(model, wanted, calibration, replayed)
+            started = client.start_prune(model, wanted, calibration, replayed, labels=labels)
         typer.echo(json.dumps(_show.plain(started)) if as_json else started.name)
         return
     if out is None:
@@ -261,7 +270,12 @@ def prune(
     _check_outputs(model, out, save_plan, report)
     with _engine(connection) as engine, _show.progress() as progress:
         result = engine.prune(
-            model, wanted, calibration=calibration, plan=replayed, progress=progress
+            model,
+            wanted,
+            calibration=calibration,
+            labels=labels,
+            plan=replayed,
+            progress=progress,
         )
     _save(result, out, save_plan, report)
     _show.result(result, out, as_json)

@@ -79,6 +79,8 @@ class Client:
         plan: Plan | None = None,
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
+        *,
+        labels: Any = None,
     ) -> Result:
         """Prunes a model on the server.
 
@@ -91,13 +93,15 @@ class Client:
             plan: a saved plan to replay.
             progress: called with each step, in the calling thread.
             timeout: in seconds, transfers included; None: the client's.
+            labels: of the calibration samples, or with samples of their own; given like them, in
+                arrays named after outputs. Original and result are scored by them.
 
         Raises:
             Refused: the request cannot be honoured. VerificationFailed: nor its result.
             ServerError: the server cannot be reached, or failed.
             Cancelled: `timeout` passed.
         """
-        return run(self._calls.prune(model, recipe, calibration, plan, progress, timeout))
+        return run(self._calls.prune(model, recipe, calibration, labels, plan, progress, timeout))
 
     def inspect(
         self,
@@ -126,11 +130,13 @@ class Client:
         plan: Plan | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
+        *,
+        labels: Any = None,
     ) -> Operation:
         """Starts a prune that outlives this call, this program and the server's process.
 
         Args:
-            model, recipe, calibration, plan: as for `prune`.
+            model, recipe, calibration, plan, labels: as for `prune`.
             request_id: a UUID; the same one never starts a second operation. None: a new one,
                 with which the call is repeated where that is safe.
             timeout: in seconds, transfers included; None: the client's.
@@ -140,7 +146,9 @@ class Client:
             ServerError: as for `prune`. ServerBusy: come again later.
             Cancelled: `timeout` passed.
         """
-        return run(self._calls.start_prune(model, recipe, calibration, plan, request_id, timeout))
+        return run(
+            self._calls.start_prune(model, recipe, calibration, labels, plan, request_id, timeout)
+        )
 
     def get_operation(self, operation: Operation | str, timeout: float | None = None) -> Operation:
         """How an operation stands now. Raises ServerError when the server does not know it."""

@@ -108,6 +108,31 @@ class Verification(_Value):
     drift: tuple[Drift, ...]
 
 
+class Accuracy(_Value):
+    """How often one output answers what labels say.
+
+    Attributes:
+        output: its name.
+        labels: how many were scored; those below zero are not.
+        top1_before, top1_after: share of them whose class has the highest score, in the original
+            and in the result.
+        top5_before, top5_after: share of them whose class has one of the five highest; absent
+            where there are no more classes.
+        from_calibration: whether the samples are calibration samples.
+        held_back: whether they are calibration samples that nothing was fitted or measured on;
+            false for samples that came with the labels.
+    """
+
+    output: str
+    labels: int
+    top1_before: float
+    top1_after: float
+    top5_before: float | None = None
+    top5_after: float | None = None
+    from_calibration: bool = False
+    held_back: bool = False
+
+
 class Group(_Value):
     """Units that slice the same tensors on the same axes and are ranked against one another.
 
@@ -275,6 +300,7 @@ class Report(_Value):
         sparse_weights: what became of each weight matrix; empty unless single weights went.
         stage_drift: drift as it grew, stage by stage; empty without quantisation.
         verification: what ONNX Runtime said.
+        accuracy: one entry per output that labels were given for; empty without labels.
         warnings: things a person should know, such as a result that is slower.
         seconds: wall time of each stage.
     """
@@ -289,6 +315,7 @@ class Report(_Value):
     sparse_weights: tuple[SparseWeight, ...] = ()
     stage_drift: tuple[StageDrift, ...] = ()
     verification: Verification
+    accuracy: tuple[Accuracy, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float]
 

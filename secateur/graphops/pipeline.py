@@ -23,6 +23,7 @@ from secateur.graphops.calibration import (
     Samples,
     open_calibration,
 )
+from secateur.graphops.calibration.labelled import open_labels
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
@@ -45,6 +46,7 @@ from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify import verify as checks
+from secateur.graphops.verify.accuracy import Scored
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import one_blas_thread, open_session
 from secateur.plan import Plan, RemovedRegion
@@ -138,6 +140,7 @@ def prune(
     recipe: Recipe | None = None,
     *,
     calibration: CalibrationSource | None = None,
+    labels: CalibrationSource | None = None,
     plan: Plan | None = None,
     progress: ProgressCallback | None = None,
     external_data: bool = True,
@@ -152,6 +155,9 @@ def prune(
         recipe: what to prune and how far; half of the channels of every group by default.
         calibration: unlabelled samples: an `.npz` (one array per input, samples along axis 0),
             a folder of them, or arrays by input name.
+        labels: class numbers in arrays named after outputs: of all calibration samples, in their
+            order, or of samples of their own, in the model's inputs beside them. Original and
+            result are scored by them; nothing else reads them.
         plan: replay this decision instead of making one; its recipe is taken.
         progress: called with each step forward.
         external_data: whether weights may lie in files beside the model.
@@ -162,13 +168,13 @@ def prune(
         the pruned model, the plan and the report.
 
     Raises:
-        Refused: the model, the recipe, the calibration data or the plan cannot be honoured.
+        Refused: the model, the recipe, calibration data, labels or plan cannot be honoured.
         VerificationFailed: the result did not pass its checks.
     """
     clock = _Clock(progress)
     recipe = plan.recipe if plan is not None else recipe or Recipe()
     opener = functools.partial(open_model, external_data=external_data, max_nodes=max_nodes)
-    done = _cut(model, recipe, calibration, plan, opener, clock)
+    done = _cut(model, recipe, _Data(calibration, labels), plan, opener, clock)
     before, after = done.before, done.after
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
@@ -176,6 +182,7 @@ def prune(
         verification = checks.verify(done.serialised.runnable, samples, done.held_back)
         stages = _stage_drift(done, samples, verification)
         del samples
+        scored = () if done.scored is None else done.scored.against(done.serialised.runnable)
     with clock.stage(Stage.PROFILE, "timing original and result in turns"):
         if measure_latency:
             first, second = _latencies(done)
@@ -193,6 +200,7 @@ def prune(
         sparse_weights=done.sparse_weights,
         stage_drift=stages,
         verification=verification,
+        accuracy=scored,
         warnings=_warnings(before, after),
         seconds=clock.seconds,
     )
@@ -218,12 +226,32 @@ class _Done:
     feeds: Sequence[Feeds]
     held_back: bool
     sample: Feeds
+    scored: Scored | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What callers give beside a model."""
+
+    calibration: CalibrationSource | None
+    labels: CalibrationSource | None
+
+    def open(self, model: ModelSource, opened: OpenedModel) -> tuple[Samples | None, Scored | None]:
+        """Samples for the stages that need them, and the original's accuracy."""
+        graph = opened.model.graph
+        data = None if self.calibration is None else open_calibration(self.calibration, graph)
+        samples = None if data is None else data.draw()
+        if self.labels is None:
+            return samples, None
+        labelled = open_labels(self.labels, graph, data, samples)
+        # before the work is done: labels that do not fit are refused here
+        return samples, Scored.of(_runnable(model, opened), labelled)
 
 
 def _cut(
     model: ModelSource,
     recipe: Recipe,
-    calibration: CalibrationSource | None,
+    given: _Data,
     plan: Plan | None,
     opener: _Opener,
     clock: _Clock,
@@ -231,9 +259,8 @@ def _cut(
     """The stages up to the pruned model, and everything that running it needs."""
     with clock.stage(Stage.LOAD, "opening the model"):
         opened = opener(model)
-        data = None if calibration is None else open_calibration(calibration, opened.model.graph)
-        samples = None if data is None else data.draw()
-    recipe_asked, recipe = recipe, recipe.settled(data is not None)
+        samples, scored = given.open(model, opened)
+    recipe_asked, recipe = recipe, recipe.settled(samples is not None)
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
         analysed = _analyse(opened, samples, recipe)
     with one_blas_thread():
@@ -293,6 +320,7 @@ def _cut(
         feeds=feeds,
         held_back=samples is not None and samples.held_back,
         sample=_one_sample(analysed, feeds[0]),
+        scored=scored,
     )
 
 

@@ -103,10 +103,14 @@ class ServerConfig(BaseModel):
         1_000_000, ge=1, description="Most nodes of a model, its functions inlined."
     )
     max_calibration_bytes: int = Field(
-        1 << 30, ge=1, description="Of all calibration files of a request."
+        1 << 30,
+        ge=1,
+        description="Of all calibration files of a request; of labels as well.",
     )
     max_decompressed_bytes: int = Field(
-        4 << 30, ge=1, description="Of the arrays in all calibration files of a request."
+        4 << 30,
+        ge=1,
+        description="Of the arrays in those files.",
     )
     max_blob_bytes: int = Field(4 << 30, ge=1, description="Largest blob taken.")
     max_stored_bytes: int = Field(

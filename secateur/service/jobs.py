@@ -31,8 +31,10 @@ _CODES = {  # of refusals, by what of a request they are about
     "model": Code.INVALID_MODEL,
     "against": Code.INVALID_MODEL,
     "calibration": Code.INVALID_CALIBRATION,
+    "labels": Code.INVALID_LABELS,
     "plan": Code.INVALID_PLAN,
 }
+_SAMPLES = ("calibration", "labels")  # fields that are files of samples
 _MAX_NAME = 200  # bytes of a file's name; file systems take 255
 
 
@@ -71,7 +73,8 @@ class Jobs:
             job = self._job("prune", folder, recipe=_recipe(request))
             job["model"] = await self._place_model(client, request.model, folder / "model")
             job["external_data"] = bool(request.model.external_data)
-            job["calibration"] = await self._place_calibration(client, request, folder)
+            for kind in _SAMPLES:
+                job[kind] = await self._place_samples(client, request, kind, folder)
             job["plan"] = request.HasField("plan")
             if job["plan"]:
                 await self._place(client, request.plan, folder / "plan.json", Code.INVALID_PLAN)
@@ -101,7 +104,7 @@ class Jobs:
             job = self._job("inspect", folder, recipe=_recipe(request))
             job["model"] = await self._place_model(client, request.model, folder / "model")
             job["external_data"] = bool(request.model.external_data)
-            job["calibration"] = await self._place_calibration(client, request, folder)
+            job["calibration"] = await self._place_samples(client, request, "calibration", folder)
             await self._finish(client, job)
             found: Inspection = await asyncio.to_thread(
                 _load, folder / "inspection.json", Inspection
@@ -136,7 +139,8 @@ class Jobs:
         _recipe(request)
         lasting = pruning_pb2.StartPruneRequest()
         lasting.CopyFrom(request)
-        _calibration_names(lasting)
+        for kind in _SAMPLES:
+            _samples_names(lasting, kind)
         _external_names(lasting.model)
         for name, payload in _payloads(lasting):
             sent = payload.WhichOneof("content")
@@ -155,14 +159,14 @@ class Jobs:
         for name, payload in _payloads(request):
             sizes[name] += _size(payload)
             inner = any(file.content.external_data for file in payload.external_data)
-            if inner or (payload.external_data and name in ("calibration", "plan")):
+            if inner or (payload.external_data and name in (*_SAMPLES, "plan")):
                 text = f"{name} has external data where only a model may have any"
                 raise refuse(_CODES[name], text)
         most = self._config.max_model_bytes
         for name, limit in (
             ("model", most),
             ("against", most),
-            ("calibration", self._config.max_calibration_bytes),
+            *((kind, self._config.max_calibration_bytes) for kind in _SAMPLES),
         ):
             if sizes[name] > limit:
                 raise refuse(
@@ -218,18 +222,18 @@ class Jobs:
             await self._place(client, part.content, home / name, Code.INVALID_MODEL, copy=True)
         return f"{home.name}/{_MODEL}"
 
-    async def _place_calibration(
-        self, client: str, request: Any, folder: pathlib.Path
+    async def _place_samples(
+        self, client: str, request: Any, kind: str, folder: pathlib.Path
     ) -> str | None:
-        """Name in `folder` of the calibration data: a file, or a folder when several were sent."""
-        if not request.HasField("calibration"):
+        """Name in `folder` of the samples: a file, or a folder when several were sent."""
+        if not request.HasField(kind):
             return None
-        names = _calibration_names(request)
-        home = folder / "calibration"
+        names = _samples_names(request, kind)
+        home = folder / kind
         home.mkdir()
-        for part, name in zip(request.calibration.parts, names, strict=True):
-            await self._place(client, part.content, home / name, Code.INVALID_CALIBRATION)
-        return f"calibration/{names[0]}" if len(names) == 1 else "calibration"
+        for part, name in zip(getattr(request, kind).parts, names, strict=True):
+            await self._place(client, part.content, home / name, _CODES[kind])
+        return f"{kind}/{names[0]}" if len(names) == 1 else kind
 
     # ---- work ----
 
@@ -296,15 +300,21 @@ def key_of(request: Any) -> str:
     recipe = _recipe(request)
     if recipe is None and not request.HasField("plan"):
         recipe = Recipe().model_dump(mode="json")
-    parts = [(part.name, _digest(part.content)) for part in request.calibration.parts]
     asked = {
         "version": secateur.__version__,
         "model": _digest(request.model),
         "recipe": recipe,
-        "calibration": parts if request.HasField("calibration") else None,
+        **{kind: _digests(request, kind) for kind in _SAMPLES},
         "plan": _digest(request.plan) if request.HasField("plan") else None,
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(request: Any, kind: str) -> list[Any] | None:
+    """What stands for the samples of a request, as JSON takes it; None when it has none."""
+    if not request.HasField(kind):
+        return None
+    return [(part.name, _digest(part.content)) for part in getattr(request, kind).parts]
 
 
 def blobs_of(message: Any) -> list[str]:
@@ -323,9 +333,10 @@ def _payloads(message: Any) -> Iterator[tuple[str, Any]]:
             yield name, payload
             for file in payload.external_data:
                 yield name, file.content
-    if "calibration" in message.DESCRIPTOR.fields_by_name:
-        for part in message.calibration.parts:
-            yield "calibration", part.content
+    for name in _SAMPLES:
+        if name in message.DESCRIPTOR.fields_by_name:
+            for part in getattr(message, name).parts:
+                yield name, part.content
 
 
 def _digest(payload: Any) -> Any:
@@ -365,10 +376,10 @@ def _recipe(request: Any) -> dict[str, Any] | None:
     return _wire.recipe_from_wire(request.recipe).model_dump(mode="json")
 
 
-def _calibration_names(request: Any) -> list[str]:
-    """Names of the calibration files, all different and without folders."""
-    names = [part.name or "calibration.npz" for part in request.calibration.parts]
-    return _plain_names(names, "calibration", Code.INVALID_CALIBRATION)
+def _samples_names(request: Any, kind: str) -> list[str]:
+    """Names of the files of samples, all different and without folders."""
+    names = [part.name or f"{kind}.npz" for part in getattr(request, kind).parts]
+    return _plain_names(names, kind, _CODES[kind])
 
 
 def _external_names(model: Any) -> list[str]:

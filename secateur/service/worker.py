@@ -87,7 +87,8 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
     result = engine.prune(
         folder / job["model"],
         _recipe(job),
-        calibration=_calibration(job, folder),
+        calibration=_samples(job, "calibration", folder),
+        labels=_samples(job, "labels", folder),
         plan=plan,
         progress=tell,
         external_data=job["external_data"],
@@ -100,10 +101,11 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
     _write(folder / "report.json", result.report)
 
 
-def _calibration(job: Job, folder: pathlib.Path) -> pathlib.Path | None:
-    if not job["calibration"]:
+def _samples(job: Job, kind: str, folder: pathlib.Path) -> pathlib.Path | None:
+    """The file or folder of `calibration` or `labels`; None when none were sent."""
+    if not job[kind]:
         return None
-    path = folder / str(job["calibration"])
+    path = folder / str(job[kind])
     _check_decompressed(path, job["max_decompressed_bytes"])
     return path
 
@@ -112,7 +114,7 @@ def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> N
     found = engine.inspect(
         folder / job["model"],
         _recipe(job),
-        calibration=_calibration(job, folder),
+        calibration=_samples(job, "calibration", folder),
         external_data=job["external_data"],
         max_nodes=job["max_nodes"],
     )
@@ -143,7 +145,7 @@ def _recipe(job: Job) -> Recipe | None:
 
 
 def _check_decompressed(path: pathlib.Path, most: int) -> None:
-    """Refuses calibration files that are small but hold large arrays, before any is read."""
+    """Refuses files of samples that are small but hold large arrays, before any is read."""
     total = 0
     for file in path.iterdir() if path.is_dir() else [path]:
         with contextlib.suppress(zipfile.BadZipFile):  # the engine says what is wrong with it
@@ -151,7 +153,7 @@ def _check_decompressed(path: pathlib.Path, most: int) -> None:
     if total > most:
         raise refuse(
             Code.LIMIT_EXCEEDED,
-            "the calibration data hold more than this server takes, in bytes when decompressed",
+            "the samples hold more than this server takes, in bytes when decompressed",
             expected=f"at most {most}",
             found=total,
             hint="Send fewer samples: a few hundred are enough.",
@@ -175,7 +177,13 @@ def _write(path: pathlib.Path, value: Any) -> None:
 
 def _without_folder(refusal: Refusal, folder: pathlib.Path) -> Refusal:
     """`refusal` with paths in the job's folder as bare names: the caller has no other."""
-    homes = [folder / "model", folder / "against", folder / "calibration", folder]
+    homes = [
+        folder / "model",
+        folder / "against",
+        folder / "calibration",
+        folder / "labels",
+        folder,
+    ]
 
     def strip(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -28,7 +28,7 @@ from secateur.v1 import recipe_pb2 as secateur_dot_v1_dot_recipe__pb2
 from secateur.v1 import report_pb2 as secateur_dot_v1_dot_report__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secateur/v1/pruning.proto\x12\x0bsecateur.v1\x1a#google/longrunning/operations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18secateur/v1/recipe.proto\x1a\x18secateur/v1/report.proto\"w\n\x07Payload\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12!\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x11.secateur.v1.BlobH\x00\x12,\n\rexternal_data\x18\x03 \x03(\x0b\x32\x15.secateur.v1.DataFileB\t\n\x07\x63ontent\"?\n\x08\x44\x61taFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"*\n\x04\x42lob\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\":\n\x0b\x43\x61libration\x12+\n\x05parts\x18\x01 \x03(\x0b\x32\x1c.secateur.v1.CalibrationPart\"F\n\x0f\x43\x61librationPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"\xab\x01\n\x0cPruneRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secateur.v1.Payload\"o\n\rPruneResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.secateur.v1.ProgressH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruneResultH\x00\x42\x07\n\x05\x65vent\"{\n\x0bPruneResult\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06report\x18\x03 \x01(\x0b\x32\x13.secateur.v1.Report\"\xc4\x01\n\x11StartPruneRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secateur.v1.Payload\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x9e\x03\n\rPruneMetadata\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x15.secateur.v1.Progress\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.secateur.v1.OperationState\x12\x1b\n\x0equeue_position\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12\x65stimated_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x11\n\x0f_queue_position\"\x89\x01\n\x0eInspectRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\">\n\x0fInspectResponse\x12+\n\ninspection\x18\x01 \x01(\x0b\x32\x17.secateur.v1.Inspection\"\\\n\x0eProfileRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12%\n\x07\x61gainst\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"8\n\x0fProfileResponse\x12%\n\x07profile\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Profile*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x32\xc5\x02\n\x07Pruning\x12@\n\x05Prune\x12\x19.secateur.v1.PruneRequest\x1a\x1a.secateur.v1.PruneResponse0\x01\x12l\n\nStartPrune\x12\x1e.secateur.v1.StartPruneRequest\x1a\x1d.google.longrunning.Operation\"\x1f\xca\x41\x1c\n\x0bPruneResult\x12\rPruneMetadata\x12\x44\n\x07Inspect\x12\x1b.secateur.v1.InspectRequest\x1a\x1c.secateur.v1.InspectResponse\x12\x44\n\x07Profile\x12\x1b.secateur.v1.ProfileRequest\x1a\x1c.secateur.v1.ProfileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secateur/v1/pruning.proto\x12\x0bsecateur.v1\x1a#google/longrunning/operations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18secateur/v1/recipe.proto\x1a\x18secateur/v1/report.proto\"w\n\x07Payload\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12!\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x11.secateur.v1.BlobH\x00\x12,\n\rexternal_data\x18\x03 \x03(\x0b\x32\x15.secateur.v1.DataFileB\t\n\x07\x63ontent\"?\n\x08\x44\x61taFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"*\n\x04\x42lob\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\":\n\x0b\x43\x61libration\x12+\n\x05parts\x18\x01 \x03(\x0b\x32\x1c.secateur.v1.CalibrationPart\"F\n\x0f\x43\x61librationPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"\xd5\x01\n\x0cPruneRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secateur.v1.Payload\x12(\n\x06labels\x18\x05 \x01(\x0b\x32\x18.secateur.v1.Calibration\"o\n\rPruneResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.secateur.v1.ProgressH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.secateur.v1.PruneResultH\x00\x42\x07\n\x05\x65vent\"{\n\x0bPruneResult\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12\"\n\x04plan\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06report\x18\x03 \x01(\x0b\x32\x13.secateur.v1.Report\"\xee\x01\n\x11StartPruneRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\x12\"\n\x04plan\x18\x04 \x01(\x0b\x32\x14.secateur.v1.Payload\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12(\n\x06labels\x18\x06 \x01(\x0b\x32\x18.secateur.v1.Calibration\"\x9e\x03\n\rPruneMetadata\x12\'\n\x08progress\x18\x01 \x01(\x0b\x32\x15.secateur.v1.Progress\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.secateur.v1.OperationState\x12\x1b\n\x0equeue_position\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12\x65stimated_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x11\n\x0f_queue_position\"\x89\x01\n\x0eInspectRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12#\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.secateur.v1.Recipe\x12-\n\x0b\x63\x61libration\x18\x03 \x01(\x0b\x32\x18.secateur.v1.Calibration\">\n\x0fInspectResponse\x12+\n\ninspection\x18\x01 \x01(\x0b\x32\x17.secateur.v1.Inspection\"\\\n\x0eProfileRequest\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Payload\x12%\n\x07\x61gainst\x18\x02 \x01(\x0b\x32\x14.secateur.v1.Payload\"8\n\x0fProfileResponse\x12%\n\x07profile\x18\x01 \x01(\x0b\x32\x14.secateur.v1.Profile*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05\x32\xc5\x02\n\x07Pruning\x12@\n\x05Prune\x12\x19.secateur.v1.PruneRequest\x1a\x1a.secateur.v1.PruneResponse0\x01\x12l\n\nStartPrune\x12\x1e.secateur.v1.StartPruneRequest\x1a\x1d.google.longrunning.Operation\"\x1f\xca\x41\x1c\n\x0bPruneResult\x12\rPruneMetadata\x12\x44\n\x07Inspect\x12\x1b.secateur.v1.InspectRequest\x1a\x1c.secateur.v1.InspectResponse\x12\x44\n\x07Profile\x12\x1b.secateur.v1.ProfileRequest\x1a\x1c.secateur.v1.ProfileResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRUNING'].methods_by_name['StartPrune']._loaded_options = None
   _globals['_PRUNING'].methods_by_name['StartPrune']._serialized_options = b'\312A\034\n\013PruneResult\022\rPruneMetadata'
-  _globals['_OPERATIONSTATE']._serialized_start=1911
-  _globals['_OPERATIONSTATE']._serialized_end=2107
+  _globals['_OPERATIONSTATE']._serialized_start=1995
+  _globals['_OPERATIONSTATE']._serialized_end=2191
   _globals['_PAYLOAD']._serialized_start=164
   _globals['_PAYLOAD']._serialized_end=283
   _globals['_DATAFILE']._serialized_start=285
@@ -50,23 +50,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALIBRATIONPART']._serialized_start=454
   _globals['_CALIBRATIONPART']._serialized_end=524
   _globals['_PRUNEREQUEST']._serialized_start=527
-  _globals['_PRUNEREQUEST']._serialized_end=698
-  _globals['_PRUNERESPONSE']._serialized_start=700
-  _globals['_PRUNERESPONSE']._serialized_end=811
-  _globals['_PRUNERESULT']._serialized_start=813
-  _globals['_PRUNERESULT']._serialized_end=936
-  _globals['_STARTPRUNEREQUEST']._serialized_start=939
-  _globals['_STARTPRUNEREQUEST']._serialized_end=1135
-  _globals['_PRUNEMETADATA']._serialized_start=1138
-  _globals['_PRUNEMETADATA']._serialized_end=1552
-  _globals['_INSPECTREQUEST']._serialized_start=1555
-  _globals['_INSPECTREQUEST']._serialized_end=1692
-  _globals['_INSPECTRESPONSE']._serialized_start=1694
-  _globals['_INSPECTRESPONSE']._serialized_end=1756
-  _globals['_PROFILEREQUEST']._serialized_start=1758
-  _globals['_PROFILEREQUEST']._serialized_end=1850
-  _globals['_PROFILERESPONSE']._serialized_start=1852
-  _globals['_PROFILERESPONSE']._serialized_end=1908
-  _globals['_PRUNING']._serialized_start=2110
-  _globals['_PRUNING']._serialized_end=2435
+  _globals['_PRUNEREQUEST']._serialized_end=740
+  _globals['_PRUNERESPONSE']._serialized_start=742
+  _globals['_PRUNERESPONSE']._serialized_end=853
+  _globals['_PRUNERESULT']._serialized_start=855
+  _globals['_PRUNERESULT']._serialized_end=978
+  _globals['_STARTPRUNEREQUEST']._serialized_start=981
+  _globals['_STARTPRUNEREQUEST']._serialized_end=1219
+  _globals['_PRUNEMETADATA']._serialized_start=1222
+  _globals['_PRUNEMETADATA']._serialized_end=1636
+  _globals['_INSPECTREQUEST']._serialized_start=1639
+  _globals['_INSPECTREQUEST']._serialized_end=1776
+  _globals['_INSPECTRESPONSE']._serialized_start=1778
+  _globals['_INSPECTRESPONSE']._serialized_end=1840
+  _globals['_PROFILEREQUEST']._serialized_start=1842
+  _globals['_PROFILEREQUEST']._serialized_end=1934
+  _globals['_PROFILERESPONSE']._serialized_start=1936
+  _globals['_PROFILERESPONSE']._serialized_end=1992
+  _globals['_PRUNING']._serialized_start=2194
+  _globals['_PRUNING']._serialized_end=2519
 # @@protoc_insertion_point(module_scope)

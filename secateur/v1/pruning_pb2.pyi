@@ -69,16 +69,18 @@ class CalibrationPart(_message.Message):
     def __init__(self, name: _Optional[str] = ..., content: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
 
 class PruneRequest(_message.Message):
-    __slots__ = ("model", "recipe", "calibration", "plan")
+    __slots__ = ("model", "recipe", "calibration", "plan", "labels")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     model: Payload
     recipe: _recipe_pb2.Recipe
     calibration: Calibration
     plan: Payload
-    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., plan: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    labels: Calibration
+    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., plan: _Optional[_Union[Payload, _Mapping]] = ..., labels: _Optional[_Union[Calibration, _Mapping]] = ...) -> None: ...
 
 class PruneResponse(_message.Message):
     __slots__ = ("progress", "result")
@@ -99,18 +101,20 @@ class PruneResult(_message.Message):
     def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., plan: _Optional[_Union[Payload, _Mapping]] = ..., report: _Optional[_Union[_report_pb2.Report, _Mapping]] = ...) -> None: ...
 
 class StartPruneRequest(_message.Message):
-    __slots__ = ("model", "recipe", "calibration", "plan", "request_id")
+    __slots__ = ("model", "recipe", "calibration", "plan", "request_id", "labels")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     model: Payload
     recipe: _recipe_pb2.Recipe
     calibration: Calibration
     plan: Payload
     request_id: str
-    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., plan: _Optional[_Union[Payload, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    labels: Calibration
+    def __init__(self, model: _Optional[_Union[Payload, _Mapping]] = ..., recipe: _Optional[_Union[_recipe_pb2.Recipe, _Mapping]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., plan: _Optional[_Union[Payload, _Mapping]] = ..., request_id: _Optional[str] = ..., labels: _Optional[_Union[Calibration, _Mapping]] = ...) -> None: ...
 
 class PruneMetadata(_message.Message):
     __slots__ = ("progress", "state", "queue_position", "attempts", "create_time", "start_time", "end_time", "expire_time", "estimated_end_time")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secateur/v1/refusal.proto\x12\x0bsecateur.v1\"\x80\x01\n\x07Refusal\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.secateur.v1.RefusalCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05nodes\x18\x03 \x03(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\r\n\x05\x66ound\x18\x05 \x01(\t\x12\x0c\n\x04hint\x18\x06 \x01(\t*\x9e\x04\n\x0bRefusalCode\x12\x1c\n\x18REFUSAL_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_CODE_INVALID_MODEL\x10\x01\x12%\n!REFUSAL_CODE_UNSAFE_EXTERNAL_DATA\x10\x02\x12&\n\"REFUSAL_CODE_MISSING_EXTERNAL_DATA\x10\x03\x12$\n REFUSAL_CODE_UNSUPPORTED_VERSION\x10\x04\x12#\n\x1fREFUSAL_CODE_MODEL_DOES_NOT_RUN\x10\x05\x12$\n REFUSAL_CODE_INVALID_CALIBRATION\x10\x06\x12\x1f\n\x1bREFUSAL_CODE_INVALID_RECIPE\x10\x07\x12\x1f\n\x1bREFUSAL_CODE_INVALID_TARGET\x10\x08\x12#\n\x1fREFUSAL_CODE_UNREACHABLE_TARGET\x10\t\x12!\n\x1dREFUSAL_CODE_UNMATCHED_IGNORE\x10\n\x12\x1d\n\x19REFUSAL_CODE_INVALID_PLAN\x10\x0b\x12!\n\x1dREFUSAL_CODE_NOTHING_TO_PRUNE\x10\x0c\x12$\n REFUSAL_CODE_VERIFICATION_FAILED\x10\r\x12\x1f\n\x1bREFUSAL_CODE_LIMIT_EXCEEDED\x10\x0e\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19secateur/v1/refusal.proto\x12\x0bsecateur.v1\"\x80\x01\n\x07Refusal\x12&\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x18.secateur.v1.RefusalCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05nodes\x18\x03 \x03(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\r\n\x05\x66ound\x18\x05 \x01(\t\x12\x0c\n\x04hint\x18\x06 \x01(\t*\xbf\x04\n\x0bRefusalCode\x12\x1c\n\x18REFUSAL_CODE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_CODE_INVALID_MODEL\x10\x01\x12%\n!REFUSAL_CODE_UNSAFE_EXTERNAL_DATA\x10\x02\x12&\n\"REFUSAL_CODE_MISSING_EXTERNAL_DATA\x10\x03\x12$\n REFUSAL_CODE_UNSUPPORTED_VERSION\x10\x04\x12#\n\x1fREFUSAL_CODE_MODEL_DOES_NOT_RUN\x10\x05\x12$\n REFUSAL_CODE_INVALID_CALIBRATION\x10\x06\x12\x1f\n\x1bREFUSAL_CODE_INVALID_RECIPE\x10\x07\x12\x1f\n\x1bREFUSAL_CODE_INVALID_TARGET\x10\x08\x12#\n\x1fREFUSAL_CODE_UNREACHABLE_TARGET\x10\t\x12!\n\x1dREFUSAL_CODE_UNMATCHED_IGNORE\x10\n\x12\x1d\n\x19REFUSAL_CODE_INVALID_PLAN\x10\x0b\x12!\n\x1dREFUSAL_CODE_NOTHING_TO_PRUNE\x10\x0c\x12$\n REFUSAL_CODE_VERIFICATION_FAILED\x10\r\x12\x1f\n\x1bREFUSAL_CODE_LIMIT_EXCEEDED\x10\x0e\x12\x1f\n\x1bREFUSAL_CODE_INVALID_LABELS\x10\x0f\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'secateur.v1.refusal_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REFUSALCODE']._serialized_start=174
-  _globals['_REFUSALCODE']._serialized_end=716
+  _globals['_REFUSALCODE']._serialized_end=749
   _globals['_REFUSAL']._serialized_start=43
   _globals['_REFUSAL']._serialized_end=171
 # @@protoc_insertion_point(module_scope)

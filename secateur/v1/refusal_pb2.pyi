@@ -24,6 +24,7 @@ class RefusalCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSAL_CODE_NOTHING_TO_PRUNE: _ClassVar[RefusalCode]
     REFUSAL_CODE_VERIFICATION_FAILED: _ClassVar[RefusalCode]
     REFUSAL_CODE_LIMIT_EXCEEDED: _ClassVar[RefusalCode]
+    REFUSAL_CODE_INVALID_LABELS: _ClassVar[RefusalCode]
 REFUSAL_CODE_UNSPECIFIED: RefusalCode
 REFUSAL_CODE_INVALID_MODEL: RefusalCode
 REFUSAL_CODE_UNSAFE_EXTERNAL_DATA: RefusalCode
@@ -39,6 +40,7 @@ REFUSAL_CODE_INVALID_PLAN: RefusalCode
 REFUSAL_CODE_NOTHING_TO_PRUNE: RefusalCode
 REFUSAL_CODE_VERIFICATION_FAILED: RefusalCode
 REFUSAL_CODE_LIMIT_EXCEEDED: RefusalCode
+REFUSAL_CODE_INVALID_LABELS: RefusalCode
 
 class Refusal(_message.Message):
     __slots__ = ("code", "message", "nodes", "expected", "found", "hint")

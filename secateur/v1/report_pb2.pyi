@@ -133,7 +133,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class Report(_message.Message):
     SPARSE_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     STAGE_DRIFT_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -165,7 +166,28 @@ class Report(_message.Message):
     sparse_weights: _containers.RepeatedCompositeFieldContainer[SparseWeight]
     stage_drift: _containers.RepeatedCompositeFieldContainer[StageDrift]
     removed: _containers.RepeatedCompositeFieldContainer[Removal]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ...) -> None: ...
+    accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ...) -> None: ...
+
+class Accuracy(_message.Message):
+    __slots__ = ("output", "labels", "top1_before", "top1_after", "top5_before", "top5_after", "from_calibration", "held_back")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TOP1_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    TOP1_AFTER_FIELD_NUMBER: _ClassVar[int]
+    TOP5_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    TOP5_AFTER_FIELD_NUMBER: _ClassVar[int]
+    FROM_CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_FIELD_NUMBER: _ClassVar[int]
+    output: str
+    labels: int
+    top1_before: float
+    top1_after: float
+    top5_before: float
+    top5_after: float
+    from_calibration: bool
+    held_back: bool
+    def __init__(self, output: _Optional[str] = ..., labels: _Optional[int] = ..., top1_before: _Optional[float] = ..., top1_after: _Optional[float] = ..., top5_before: _Optional[float] = ..., top5_after: _Optional[float] = ..., from_calibration: _Optional[bool] = ..., held_back: _Optional[bool] = ...) -> None: ...
 
 class Removal(_message.Message):
     __slots__ = ("region", "influence", "drift")

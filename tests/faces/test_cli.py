@@ -297,6 +297,15 @@ def test_a_repaired_result_is_reported(run: Run, out: pathlib.Path, tmp_path: pa
     assert all(step.node in text for step in report.repair)
 
 
+def test_accuracy_is_shown(run: Run, out: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    page = tmp_path / "report.html"
+    done = run("prune", CNN, "-o", out, "--labels", DIGITS / "heldout.npz", "--report", page)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("accuracy of logits")]
+    assert line.endswith("by 450 labels") and "top-5" in line
+    assert line in page.read_text()
+
+
 def test_inspect_stays_readable_for_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
     groups = tuple(
         Group(

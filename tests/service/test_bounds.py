@@ -134,14 +134,16 @@ def test_nodes_of_subgraphs_count() -> None:
     assert checking.count_nodes(model) == 3 + 1 + 4 + 4
 
 
-def test_calibration_may_be_too_large_as_it_is_sent(client: secateur.Client) -> None:
+@pytest.mark.parametrize("kind", ["calibration", "labels"])
+def test_samples_may_be_too_large_as_they_are_sent(client: secateur.Client, kind: str) -> None:
     samples = {"x": np.random.default_rng(0).standard_normal((2000, 16), np.float32)}
-    expected, found = limit(lambda: client.prune(SMALL, calibration=samples))
+    expected, found = limit(lambda: client.prune(SMALL, **{kind: samples}))
     assert expected == "at most 100000" and int(found) > 2000 * 16 * 4
 
 
-def test_calibration_may_be_too_large_when_it_is_read(
-    client: secateur.Client, tmp_path: pathlib.Path
+@pytest.mark.parametrize("kind", ["calibration", "labels"])
+def test_samples_may_be_too_large_when_they_are_read(
+    client: secateur.Client, tmp_path: pathlib.Path, kind: str
 ) -> None:
     content = io.BytesIO()
     np.save(content, np.zeros((5000, 16), np.float32))
@@ -150,7 +152,7 @@ def test_calibration_may_be_too_large_when_it_is_read(
             archive.writestr("x.npy", content.getvalue())
     size = 2 * len(content.getvalue())
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 10_000
-    found = limit(lambda: client.prune(SMALL, calibration=tmp_path))
+    found = limit(lambda: client.prune(SMALL, **{kind: tmp_path}))
     assert found == ("at most 200000", str(size))
 
 

@@ -13,6 +13,7 @@ import time
 
 import grpc
 import numpy as np
+import onnxruntime as ort
 import pytest
 import typer.testing
 from conftest import DIGITS, Server, frozen, is_gone, perceptron, wait_for
@@ -25,6 +26,7 @@ from secateur.service.pool import Worker
 from secateur.v1 import pruning_pb2, pruning_pb2_grpc
 
 HALF = Recipe(target={"macs": 0.5})
+HELDOUT = DIGITS / "heldout.npz"
 
 
 # ---- the same as in process --------------------------------------------------------------------
@@ -64,6 +66,35 @@ def test_every_way_to_hand_in_calibration_gives_the_same(
     remote = client.prune(cnn, recipe, calibration=tmp_path)
     assert remote.model == folder.model
     assert remote.report.verification.from_calibration
+
+
+def accuracy(model: bytes) -> float:
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with np.load(HELDOUT) as arrays:
+        (scores,) = session.run(None, {"input": arrays["input"]})
+        return float((scores.argmax(axis=1) == arrays["label"]).mean())
+
+
+def test_labels_give_the_same_accuracy_on_a_server(
+    client: secateur.Client, cnn: pathlib.Path, calibration: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    local = secateur.prune(cnn, HALF, labels=HELDOUT, measure_latency=False)
+    (found,) = local.report.accuracy
+    assert found.top1_before == accuracy(cnn.read_bytes())
+    assert found.top1_after == accuracy(local.model)
+    with np.load(HELDOUT) as arrays:
+        for number in range(2):  # from several files, too
+            part = {name: arrays[name][number::2] for name in arrays.files}
+            np.savez(tmp_path / f"{number}.npz", **part)
+    for labels in (HELDOUT, tmp_path):
+        remote = client.prune(cnn, HALF, labels=labels)
+        assert remote.model == local.model
+        assert remote.report.accuracy == local.report.accuracy
+    own = {"label": np.zeros(512, np.int64)}
+    begun = client.start_prune(cnn, HALF, calibration, labels=own)
+    assert client.wait_operation(begun, timeout=120).done
+    (found,) = client.operation_result(begun).report.accuracy
+    assert found.from_calibration and found.held_back and found.labels == 64
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

@@ -28,7 +28,7 @@ class Case:
         code: why.
         model: the model's bytes; None: the digits network.
         recipe: fields of the recipe.
-        calibration: arrays, or the bytes of an `.npz`.
+        calibration, labels: arrays, or the bytes of an `.npz`.
         plan: a plan.
     """
 
@@ -36,6 +36,7 @@ class Case:
     model: Callable[[], bytes] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | bytes | None = None
+    labels: dict[str, Any] | bytes | None = None
     plan: Callable[[], Plan] | None = None
 
 
@@ -66,6 +67,7 @@ def other_plan() -> Plan:
 
 
 IMAGES = np.zeros((4, 1, 8, 8), np.float32)
+CLASSES = np.arange(4)
 
 CASES = {
     "empty": Case(Code.INVALID_MODEL, lambda: b""),
@@ -91,6 +93,20 @@ CASES = {
     ),
     "no calibration samples": Case(Code.INVALID_CALIBRATION, calibration={"input": IMAGES[:0]}),
     "calibration that is no file of arrays": Case(Code.INVALID_CALIBRATION, calibration=b"nope"),
+    "labels that are no file of arrays": Case(Code.INVALID_LABELS, labels=b"nope"),
+    "labels of no samples": Case(Code.INVALID_LABELS, labels={"label": np.zeros(4, np.int64)}),
+    "labels for another output": Case(
+        Code.INVALID_LABELS, labels={"input": IMAGES, "logits": CLASSES, "other": CLASSES}
+    ),
+    "labels beside samples of another shape": Case(
+        Code.INVALID_LABELS, labels={"input": IMAGES[:, :, :7], "logits": CLASSES}
+    ),
+    "labels of another shape": Case(
+        Code.INVALID_LABELS, labels={"input": IMAGES, "logits": CLASSES[:, None]}
+    ),
+    "labels of no class": Case(
+        Code.INVALID_LABELS, labels={"input": IMAGES, "logits": CLASSES + 99}
+    ),
     "activation without calibration": Case(
         Code.INVALID_CALIBRATION, recipe={"criterion": "activation"}
     ),
@@ -119,14 +135,15 @@ def files(case: Case, folder: pathlib.Path) -> dict[str, Any]:
     if case.model is not None:
         model = folder / "model.onnx"
         model.write_bytes(case.model())
-    calibration = None
-    if case.calibration is not None:
-        calibration = folder / "calibration.npz"
-        if isinstance(case.calibration, bytes):
-            calibration.write_bytes(case.calibration)
-        else:
-            np.savez(calibration, **case.calibration)
-    return {"model": model, "calibration": calibration}
+    given: dict[str, Any] = {"model": model}
+    for name in ("calibration", "labels"):
+        content = getattr(case, name)
+        given[name] = None if content is None else folder / f"{name}.npz"
+        if isinstance(content, bytes):
+            given[name].write_bytes(content)
+        elif content is not None:
+            np.savez(given[name], **content)
+    return given
 
 
 def refused(call: Callable[[], Any]) -> Refusal:
@@ -143,7 +160,7 @@ def in_python(prune: Callable[..., Any], case: Case, folder: pathlib.Path) -> Re
 
     def call() -> None:
         recipe = Recipe.parse(case.recipe) if case.recipe else None
-        prune(given["model"], recipe, calibration=given["calibration"], plan=plan)
+        prune(given.pop("model"), recipe, plan=plan, **given)
 
     return refused(call)
 
@@ -151,8 +168,9 @@ def in_python(prune: Callable[..., Any], case: Case, folder: pathlib.Path) -> Re
 def on_command_line(case: Case, folder: pathlib.Path, *more: str) -> tuple[int, Refusal]:
     given = files(case, folder)
     flags = ["prune", str(given["model"]), "-o", str(folder / "out.onnx"), "--json", *more]
-    if given["calibration"] is not None:
-        flags += ["--calibration", str(given["calibration"])]
+    for name in ("calibration", "labels"):
+        if given[name] is not None:
+            flags += [f"--{name}", str(given[name])]
     for name, value in case.recipe.items():
         if name == "target":
             flags += [f"--target={key}={amount}" for key, amount in value.items()]
@@ -201,6 +219,8 @@ def test_missing_files_are_the_same_in_all_faces(
         lambda who: who.inspect(missing),
         lambda who: who.prune(model, calibration=missing),
         lambda who: who.prune(model, calibration=empty),
+        lambda who: who.prune(model, labels=missing),
+        lambda who: who.prune(model, labels=empty),
         lambda who: who.profile(model, against=missing),
     ):
         expected = refused(lambda c=call: c(secateur))  # type: ignore[misc]

@@ -95,6 +95,10 @@ def test_requests_that_lack_or_misname_things_are_refused(server: Server) -> Non
             {"model": inline, "calibration": {"parts": [part(content=inline)] * 2}},
             grpc.StatusCode.INVALID_ARGUMENT,
         ),
+        (
+            {"model": inline, "labels": {"parts": [part(name="../x", content=inline)]}},
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
     ]
     with grpc.insecure_channel(server.address) as channel:
         stub = pruning_pb2_grpc.PruningStub(channel)

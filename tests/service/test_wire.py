@@ -49,6 +49,9 @@ VERIFICATION = report.Verification(
     samples=3, from_calibration=False, held_back=True, batch_sizes=(1, 3), drift=DRIFT
 )
 
+ACCURACY = report.Accuracy(
+    output="y", labels=3, top1_before=1.0, top1_after=0.0, top5_before=0.5, top5_after=0.0
+)
 SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
 REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
 WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
@@ -66,6 +69,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (GROUP, report_pb2.Group),
     (FROZEN, report_pb2.Frozen),
     (VERIFICATION, report_pb2.Verification),
+    (ACCURACY, report_pb2.Accuracy),
     (SENSITIVITY, report_pb2.Sensitivity),
     (REGION, report_pb2.Region),
     (REMOVAL, report_pb2.Removal),
@@ -94,6 +98,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             sparse_weights=(WEIGHT,),
             stage_drift=(STAGE_DRIFT,),
             verification=VERIFICATION,
+            accuracy=(ACCURACY,),
             warnings=("slower",),
             seconds={"LOAD": 0.5, "VERIFY": 0.0},
         ),

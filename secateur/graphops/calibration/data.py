@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from secateur.graphops.model.shapes import real_inputs
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 CalibrationSource = str | os.PathLike[str] | Mapping[str, Array]
+Expected = Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
+
+_T = TypeVar("_T")
 
 BATCH = 32  # samples run together, where the model does not say
 MOST_SAMPLES = 1024  # more change nothing that can be seen
@@ -35,12 +39,44 @@ class Samples:
     Attributes:
         seen: batches that statistics and fits are made of.
         judged: batches that nothing but the verification runs.
+        places: which of all samples those of each judged batch are.
         held_back: whether those are others; false where there are too few.
     """
 
     seen: tuple[Feeds, ...]
     judged: tuple[Feeds, ...]
+    places: tuple[npt.NDArray[np.int64], ...]
     held_back: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Arrays by name: as they were handed in, or an `.npz` file that is read when asked for.
+
+    Attributes:
+        content: the arrays, or the path.
+    """
+
+    content: Mapping[str, Array] | pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """Of the file; empty where there is none."""
+        return self.content.name if isinstance(self.content, pathlib.Path) else ""
+
+    def names(self) -> list[str]:
+        """Of the arrays; of a file, none is read."""
+        if not isinstance(self.content, pathlib.Path):
+            return list(self.content)
+        with _opened(self.content) as archive:
+            return list(archive.files)
+
+    def read(self) -> Mapping[str, Array]:
+        """All arrays. Raises Refused: `INVALID_CALIBRATION` when the file cannot be read."""
+        if not isinstance(self.content, pathlib.Path):
+            return self.content
+        with _opened(self.content) as archive:
+            return {name: archive[name] for name in archive.files}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +84,14 @@ class Calibration:
     """Checked calibration data.
 
     Attributes:
-        parts: arrays by input name, or `.npz` files that are opened one at a time.
+        parts: arrays by input name; of files, one is read at a time.
         batch: samples per batch; fixed by the model where its batch axis is.
         expected: input name → (dtype, shape with None for free axes).
     """
 
-    parts: tuple[Mapping[str, Array] | pathlib.Path, ...]
+    parts: tuple[Part, ...]
     batch: int
-    expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
+    expected: Expected
 
     def draw(self) -> Samples:
         """At most `MOST_SAMPLES` samples, and `MOST_BYTES`, spread evenly over all of them.
@@ -71,39 +107,51 @@ class Calibration:
         one = self._bytes_of_one()
         most = min(total, MOST_SAMPLES, max(MOST_BYTES // max(one, 1), 1))
         wanted = np.unique(np.linspace(0, total - 1, most).round().astype(np.int64))
-        size = self.batch if self._is_fixed() else min(self.batch, max(most // _BATCHES, 1))
+        size = self.batch if self.is_fixed() else min(self.batch, max(most // _BATCHES, 1))
         batches: list[Feeds] = []
+        places: list[npt.NDArray[np.int64]] = []
         for part, count, start in zip(self.parts, counts, np.cumsum([0, *counts]), strict=False):
             mine = wanted[(wanted >= start) & (wanted < start + count)] - start
             if not mine.size:
                 continue
-            arrays = _read(part) if isinstance(part, pathlib.Path) else part
-            _check(arrays, self.expected, part.name if isinstance(part, pathlib.Path) else "")
+            arrays = part.read()
+            self.check(arrays, part.name)
             for first in range(0, mine.size, size):
                 chosen = mine[first : first + size]
-                if chosen.size < size and self._is_fixed():
+                if chosen.size < size and self.is_fixed():
                     break
-                batches.append(
-                    {
-                        name: arrays[name][chosen] if arrays[name].ndim else arrays[name]
-                        for name in self.expected
-                    }
-                )
+                batches.append(self.feeds(arrays, chosen))
+                places.append(chosen + start)
         seen, judged = hold_back(batches, _BACK)
-        return Samples(seen, judged, held_back=len(seen) < len(batches))
+        return Samples(seen, judged, hold_back(places, _BACK)[1], len(seen) < len(batches))
+
+    def count(self) -> int:
+        """Samples in all parts. Raises Refused as `draw`."""
+        return sum(_count(part, self.expected) for part in self.parts)
+
+    def check(self, arrays: Mapping[str, Array], name: str) -> int:
+        """How many samples the arrays of the part called `name` hold. Raises Refused as `draw`."""
+        return _check(arrays, self.expected, name)
+
+    def feeds(self, arrays: Mapping[str, Array], places: npt.NDArray[np.int64]) -> Feeds:
+        """The samples of a part at some places, as one batch."""
+        return {
+            name: arrays[name][places] if arrays[name].ndim else arrays[name]
+            for name in self.expected
+        }
+
+    def is_fixed(self) -> bool:
+        """Whether the model takes batches of `batch` samples only."""
+        return any(shape and shape[0] is not None for _, shape in self.expected.values())
 
     def _bytes_of_one(self) -> int:
         """Of one sample of the first part."""
-        first = self.parts[0]
-        arrays = _read(first) if isinstance(first, pathlib.Path) else first
+        arrays = self.parts[0].read()
         chosen = [arrays[name] for name in self.expected]
         return sum(a.nbytes // a.shape[0] if a.ndim else a.nbytes for a in chosen)
 
-    def _is_fixed(self) -> bool:
-        return any(shape and shape[0] is not None for _, shape in self.expected.values())
 
-
-def hold_back(batches: Sequence[Feeds], every: int) -> tuple[tuple[Feeds, ...], tuple[Feeds, ...]]:
+def hold_back(batches: Sequence[_T], every: int) -> tuple[tuple[_T, ...], tuple[_T, ...]]:
     """Batches to learn from, and every so-manieth to judge by; both all of them if too few."""
     held = tuple(batch for place, batch in enumerate(batches) if place % every == every - 1)
     if not held:
@@ -127,24 +175,27 @@ def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     for value in real_inputs(graph):
         dims = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ())
         expected[str(value.name)] = ((value.dtype or ir.DataType.FLOAT).numpy(), dims)
-    parts: tuple[Mapping[str, Array] | pathlib.Path, ...]
-    if isinstance(source, Mapping):
-        parts = ({str(name): np.asarray(array) for name, array in source.items()},)
-    else:
-        path = pathlib.Path(source)
-        parts = tuple(sorted(path.glob("*.npz"))) if path.is_dir() else (path,)
-        if not parts:
-            raise refuse(
-                Code.INVALID_CALIBRATION,
-                f"calibration folder {path} holds no .npz files",
-                expected="at least one .npz file",
-                found="none",
-            )
+    parts = parts_of(source)
     fixed = [shape[0] for _, shape in expected.values() if shape and shape[0] is not None]
     calibration = Calibration(parts, int(fixed[0]) if fixed else BATCH, expected)
-    first = parts[0]
-    _check(_read(first) if isinstance(first, pathlib.Path) else first, expected, "")
+    calibration.check(parts[0].read(), "")
     return calibration
+
+
+def parts_of(source: CalibrationSource) -> tuple[Part, ...]:
+    """A `.npz`, those of a folder, or arrays by name. Raises Refused: a folder holds none."""
+    if isinstance(source, Mapping):
+        return (Part({str(name): np.asarray(array) for name, array in source.items()}),)
+    path = pathlib.Path(source)
+    parts = tuple(map(Part, sorted(path.glob("*.npz")))) if path.is_dir() else (Part(path),)
+    if not parts:
+        raise refuse(
+            Code.INVALID_CALIBRATION,
+            f"folder {path} holds no .npz files",
+            expected="at least one .npz file",
+            found="none",
+        )
+    return parts
 
 
 # What NumPy raises on a file that is cut short, damaged, or something else altogether.
@@ -158,30 +209,28 @@ _UNREADABLE = (
 )
 
 
-def _read(path: pathlib.Path) -> dict[str, Array]:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")
-            return {name: archive[name] for name in archive.files}
+            yield archive
     except _UNREADABLE as error:
         raise refuse(
             Code.INVALID_CALIBRATION,
-            f"calibration file {path.name} cannot be read: {error}",
-            expected="an .npz file with one array per model input, samples along axis 0",
+            f"file {path.name} cannot be read: {error}",
+            expected="an .npz file with arrays by name, samples along axis 0",
         ) from None
 
 
-def _count(
-    part: Mapping[str, Array] | pathlib.Path,
-    expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]],
-) -> int:
+def _count(part: Part, expected: Expected) -> int:
     """Samples in a part; of a file, the headers are read and no array."""
-    if isinstance(part, Mapping):
-        return sample_count({name: part[name] for name in expected})
+    if not isinstance(part.content, pathlib.Path):
+        return sample_count({name: part.content[name] for name in expected})
     try:
-        with zipfile.ZipFile(part) as archive:
+        with zipfile.ZipFile(part.content) as archive:
             for name in expected:
                 with archive.open(f"{name}.npy") as member:
                     version = np.lib.format.read_magic(member)
@@ -192,16 +241,12 @@ def _count(
                 if shape:
                     return int(shape[0])
     except (KeyError, *_UNREADABLE):
-        _check(_read(part), expected, part.name)  # says what is wrong with it
+        _check(part.read(), expected, part.name)  # says what is wrong with it
         raise
     return 1
 
 
-def _check(
-    arrays: Mapping[str, Array],
-    expected: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]],
-    where: str,
-) -> int:
+def _check(arrays: Mapping[str, Array], expected: Expected, where: str) -> int:
     """Raises unless the arrays fit; returns the number of samples."""
     if set(arrays) < set(expected) or not set(expected) <= set(arrays):
         raise _invalid("", "arrays for the model's inputs", sorted(expected), sorted(arrays), where)
@@ -237,7 +282,7 @@ def _check(
 
 
 def _invalid(name: str, what: str, expected: object, found: object, where: str) -> Refused:
-    subject = f"input {name!r}" if name else "calibration data"
+    subject = f"input {name!r}" if name else "the samples"
     place = f" in {where}" if where else ""
     return refuse(
         Code.INVALID_CALIBRATION,
