@@ -39,6 +39,7 @@ def page(report: Report, title: str) -> str:
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
         *_removed(report),
+        *_divisions(report),
         *_sensitivity(report),
         *_repair(report),
         "<h2>What stays, and why</h2>",
@@ -139,6 +140,26 @@ def _removed(report: Report) -> list[str]:
     )
     heads = ("From", "To", "Layers", "Influence", "Drift so far")
     return ["<h2>Left out whole</h2>", _table(heads, rows, numbers=(2, 3, 4))]
+
+
+def _divisions(report: Report) -> list[str]:
+    """What was weighed between regions and units."""
+    if not report.divisions:
+        return []
+    rows = (
+        (
+            str(one.regions),
+            "out of reach" if one.drift is None else f"{one.drift:.2e}",
+            "taken" if one.chosen else "",
+        )
+        for one in report.divisions
+    )
+    said = "<p>Regions left out whole, units making up the rest of the budget."
+    return [
+        "<h2>Regions or units</h2>",
+        said,
+        _table(("Regions", "Drift", ""), rows, numbers=(0, 1)),
+    ]
 
 
 def _repair(report: Report) -> list[str]:

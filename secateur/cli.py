@@ -78,9 +78,7 @@ ReportFile = Annotated[
 ]
 Granularity = Annotated[
     str | None,
-    typer.Option(
-        metavar="KIND,…", help="What may go: channel, head or head_dim, weight; or layer, alone."
-    ),
+    typer.Option(metavar="KIND,…", help="What may go: channel, head or head_dim, layer, weight."),
 ]
 Ignore = Annotated[
     list[str] | None,

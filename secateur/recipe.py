@@ -61,7 +61,7 @@ class Recipe(BaseModel):
             dimensions of every attention head instead of whole heads. `weight`: single weights
             of what is left, as `sparsity` says. `layer`: parts of the model that end in the shape
             in which they begin, whole; needs calibration data and a target among `macs`, `params`
-            and `layers`, and goes alone.
+            and `layers`. With units beside it, what goes as regions and what as units is measured.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
@@ -209,16 +209,12 @@ class Recipe(BaseModel):
                 found=", ".join(kinds),
                 hint="Prune twice: the result of one is a model for the other.",
             )
-        if "layer" in kinds and len(kinds) > 1:
-            raise refuse(
-                Code.INVALID_RECIPE,
-                "layers are left out whole, and other kinds are not cut in the same prune",
-                nodes=("granularity",),
-                expected="layer alone",
-                found=", ".join(kinds),
-                hint="Prune twice, layers first: the result of one is a model for the other.",
-            )
         return kinds
+
+    @property
+    def units(self) -> tuple[Granularity, ...]:
+        """The kinds of units that may go."""
+        return tuple(kind for kind in self.granularity if kind not in ("weight", "layer"))
 
     def settled(self, calibrated: bool) -> Recipe:
         """The same recipe with every choice made that was left open.
@@ -230,8 +226,7 @@ class Recipe(BaseModel):
             Refused: `INVALID_CALIBRATION` when something was asked for that needs them and there
                 are none, `INVALID_RECIPE` for measured scope without a budget.
         """
-        layers = "layer" in self.granularity
-        if layers:
+        if "layer" in self.granularity:
             self._check_layers()
         elif "layers" in self.target:
             raise refuse(
@@ -250,7 +245,7 @@ class Recipe(BaseModel):
             or ("second_order" if calibrated else "magnitude"),
             "quantize": self.quantize,
         }
-        if not layers:
+        if self.units:
             chosen["criterion"] = self.criterion or ("reconstruction" if calibrated else "l2")
             chosen["scope"] = self.scope or ("measured" if calibrated and budget else "local")
         for field, needs in (
@@ -281,10 +276,10 @@ class Recipe(BaseModel):
         """Which layers go is measured, and of no unit; what cannot be heeded is refused."""
         given = {"criterion": self.criterion, "scope": self.scope, "round_to": self.round_to}
         for field, value in given.items():
-            if value is not None:
+            if value is not None and not self.units:
                 raise refuse(
                     Code.INVALID_RECIPE,
-                    f"{field} is about channels and heads, and granularity=layer takes none",
+                    f"{field} is about channels and heads, and this recipe takes none",
                     nodes=(field,),
                     expected=f"no {field}",
                     found=value,

@@ -213,6 +213,21 @@ class Removal(_Value):
     drift: float | None = None
 
 
+class Division(_Value):
+    """A division of the budget between regions and units that was carried out and measured.
+
+    Attributes:
+        regions: that went whole; units made up the rest.
+        drift: Σ‖y′ − y‖² / Σ‖y − ȳ‖² over the outputs, repaired as asked, on samples that no fit
+            had seen; absent where units could not make up the rest.
+        chosen: whether it was taken.
+    """
+
+    regions: int
+    drift: float | None = None
+    chosen: bool = False
+
+
 class RepairStep(_Value):
     """One refit.
 
@@ -295,6 +310,7 @@ class Report(_Value):
         groups: every prunable group, with how much of it was kept.
         frozen: reasons for which channels stayed.
         removed: regions that went whole, in the order in which they were chosen.
+        divisions: of the budget between regions and units; empty unless both might go.
         sensitivity: of each group that was tried, where the scope was measured.
         repair: every refit, in graph order; empty without repair.
         sparse_weights: what became of each weight matrix; empty unless single weights went.
@@ -310,6 +326,7 @@ class Report(_Value):
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...] = ()
+    divisions: tuple[Division, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()
     sparse_weights: tuple[SparseWeight, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import pathlib
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from secateur.errors import Code, refuse
+from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import (
     CalibrationSource,
     Feeds,
@@ -24,6 +25,7 @@ from secateur.graphops.calibration import (
     open_calibration,
 )
 from secateur.graphops.calibration.labelled import open_labels
+from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
@@ -32,7 +34,8 @@ from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, node_label, open_model
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import Serialised, serialise
-from secateur.graphops.planning import cost, planner, removal, replay, sensitivity
+from secateur.graphops.planning import cost, division, planner, removal, replay, sensitivity
+from secateur.graphops.planning.drift import Answers
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
@@ -53,6 +56,7 @@ from secateur.plan import Plan, RemovedRegion
 from secateur.recipe import Recipe
 from secateur.report import (
     Cost,
+    Division,
     Frozen,
     Group,
     Inspection,
@@ -86,6 +90,7 @@ _BEGINS = {
     Stage.PROFILE: 0.95,
 }
 _LATENCY_SECONDS = 0.4
+_DIVISION_SAMPLES = 128  # that a division of the budget is judged on
 # Sessions of larger models are opened one at a time: ONNX Runtime takes up to three times a
 # model's size for its weights in their blocked layouts.
 _TOGETHER = 32 << 20
@@ -122,12 +127,16 @@ class _Clock:
 
 @dataclass(frozen=True, slots=True)
 class _Analysed:
-    """An opened model with everything that does not depend on a target."""
+    """An opened model with everything that does not depend on a target.
+
+    Where regions have gone, `params`, `macs` and `nonzero` are still of the original.
+    """
 
     opened: OpenedModel
     copies: dict[str, str]
     coupling: Coupling
     params: int
+    macs: int
     nonzero: int | None
 
     @property
@@ -195,6 +204,7 @@ def prune(
         groups=done.groups,
         frozen=done.frozen,
         removed=done.removed,
+        divisions=done.divisions,
         sensitivity=done.sensitivity,
         repair=done.repair,
         sparse_weights=done.sparse_weights,
@@ -220,6 +230,7 @@ class _Done:
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...]
+    divisions: tuple[Division, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
     sparse_weights: tuple[SparseWeight, ...]
@@ -264,9 +275,9 @@ def _cut(
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
         analysed = _analyse(opened, samples, recipe)
     with one_blas_thread():
-        left_out = _leave_out(analysed, recipe, samples, plan, clock)
+        choice = _choose(analysed, recipe, samples, plan, clock)
+        left_out, decision = choice.left_out, choice.decision
         rest = left_out.rest
-        decision = _decide(rest, recipe, samples, plan, clock)
         with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):
             pruned, kept = cut(rest.opened.model, rest.coupling, decision.keep, analysed.copies)
         steps: tuple[RepairStep, ...] = ()
@@ -290,10 +301,8 @@ def _cut(
             unquantised = serialised
             serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
     feeds = _examples(analysed) if samples is None else samples.judged
-    source, keep_all = _runnable(model, opened), np.ones(analysed.coupling.count + 1, np.bool_)
-    before = Cost(
-        macs=cost.macs(analysed.coupling).of(keep_all), params=analysed.params, bytes=opened.size
-    )
+    source = _runnable(model, opened)
+    before = Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size)
     after = Cost(
         macs=cost.macs(rest.coupling).of(decision.keep),
         params=cost.count_params(pruned),
@@ -314,6 +323,7 @@ def _cut(
         groups=tuple(_group(group, decision.keep) for group in rest.coupling.groups),
         frozen=_frozen(rest.coupling),
         removed=left_out.reported,
+        divisions=choice.divisions,
         sensitivity=_sensitivities(rest.coupling, decision.curves or {}),
         repair=steps,
         sparse_weights=sparse_weights,
@@ -332,6 +342,15 @@ def _offer(analysed: _Analysed, recipe: Recipe) -> Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Decision:
+    """What stays, and what was seen on the way to it."""
+
+    keep: Mask
+    observed: Observed | None
+    curves: Mapping[int, Curve] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _LeftOut:
     """What is left of a model without the regions that go, and which they are."""
 
@@ -342,20 +361,14 @@ class _LeftOut:
 
 def _leave_out(
     analysed: _Analysed,
-    recipe: Recipe,
+    offer: Offer,
+    going: Sequence[removal.Removal],
     samples: Samples | None,
-    plan: Plan | None,
-    clock: _Clock,
+    recipe: Recipe,
 ) -> _LeftOut:
-    """Chooses the regions that go, or reads them in a plan, and analyses the rest anew."""
-    if "layer" not in recipe.granularity and not (plan is not None and plan.removed):
+    """Leaves regions out and analyses the rest anew."""
+    if not going:
         return _LeftOut(analysed)
-    offer = _offer(analysed, recipe)
-    if plan is None:
-        going = _choose_regions(analysed, offer, recipe, samples, clock)
-    else:
-        regions = replay.regions_removed(plan, offer, analysed.opened.sha256)
-        going = tuple(removal.Removal(region) for region in regions)
     entries = removal.entries(one.region for one in going)
     opened = replace(analysed.opened, model=bypass(analysed.opened.model, entries))
     coupling = couple(opened.model, _shapes(opened, samples), recipe)
@@ -369,9 +382,37 @@ def _leave_out(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What goes, and what was weighed for it."""
+
+    left_out: _LeftOut
+    decision: _Decision
+    divisions: tuple[Division, ...] = ()
+
+
+def _choose(
+    analysed: _Analysed,
+    recipe: Recipe,
+    samples: Samples | None,
+    plan: Plan | None,
+    clock: _Clock,
+) -> _Choice:
+    """Which regions go, and which units of what is left; or what a plan says of both."""
+    if plan is None and "layer" in recipe.granularity:
+        return _choose_regions(analysed, recipe, samples, clock)
+    left_out = _LeftOut(analysed)
+    if plan is not None and plan.removed:
+        offer = _offer(analysed, recipe)
+        regions = replay.regions_removed(plan, offer, analysed.opened.sha256)
+        going = [removal.Removal(region) for region in regions]
+        left_out = _leave_out(analysed, offer, going, samples, recipe)
+    return _Choice(left_out, _decide(left_out.rest, recipe, samples, plan, clock))
+
+
 def _choose_regions(
-    analysed: _Analysed, offer: Offer, recipe: Recipe, samples: Samples | None, clock: _Clock
-) -> tuple[removal.Removal, ...]:
+    analysed: _Analysed, recipe: Recipe, samples: Samples | None, clock: _Clock
+) -> _Choice:
     if samples is None:
         raise refuse(
             Code.INVALID_CALIBRATION,
@@ -380,19 +421,83 @@ def _choose_regions(
             found="none",
             hint="Give a few hundred unlabelled samples.",
         )
+    offer = _offer(analysed, recipe)
     observed = Observed(analysed.opened.model, analysed.coupling, samples.seen, recipe.seed)
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
-        return removal.choose(observed, offer, recipe.target, tell)
+        if recipe.units:
+            path = removal.path(observed, offer, recipe.target, lambda share: tell(share / 4))
+            divide = _Divide(analysed, offer, observed, samples, recipe)
+            return divide.run(path, lambda share: tell((1 + 3 * share) / 4))
+        going = removal.choose(observed, offer, recipe.target, tell)
+        left_out = _leave_out(analysed, offer, going, samples, recipe)
+    return _Choice(left_out, _decide(left_out.rest, recipe, samples, None, clock))
 
 
-@dataclass(frozen=True, slots=True)
-class _Decision:
-    """What stays, and what was seen on the way to it."""
+@dataclass(slots=True)
+class _Divide:
+    """Carries divisions of a budget between regions and units out, to see which drifts least."""
 
-    keep: Mask
-    observed: Observed | None
-    curves: Mapping[int, Curve] | None = None
+    analysed: _Analysed
+    offer: Offer
+    observed: Observed
+    samples: Samples
+    recipe: Recipe
+    refused: Refused | None = None
+    regions: int = 0  # that went where it was refused
+    best: tuple[float, _Choice] | None = None
+
+    def run(
+        self, path: Sequence[tuple[removal.Removal, ...]], tell: Callable[[float], None]
+    ) -> _Choice:
+        """The choice that drifts least.
+
+        Args:
+            path: see `removal.path`.
+            tell: told the share that is done.
+
+        Raises:
+            Refused: the targets are out of reach however many regions go.
+        """
+        answers = Answers(self.observed, _DIVISION_SAMPLES)
+        found = division.search(
+            len(path) - 1, lambda place: self._drift(path[place], answers), tell
+        )
+        if self.best is None:
+            assert self.refused is not None
+            raise self.refused
+        chosen = division.best(found)
+        divisions = tuple(
+            Division(
+                regions=len(path[place]),
+                drift=drift if math.isfinite(drift) else None,
+                chosen=place == chosen,
+            )
+            for place, drift in sorted(found.items())
+        )
+        return replace(self.best[1], divisions=divisions)
+
+    def _drift(self, going: Sequence[removal.Removal], answers: Answers) -> float:
+        """Of the outputs on batches that no fit has seen; infinite where targets are not met."""
+        recipe, model = self.recipe, self.analysed.opened.model
+        left_out = _leave_out(self.analysed, self.offer, going, self.samples, recipe)
+        rest = left_out.rest
+        try:
+            decision = _decide(rest, recipe, self.samples, None, _Clock(None))
+        except Refused as refused:
+            if refused.refusal.code not in (Code.UNREACHABLE_TARGET, Code.NOTHING_TO_PRUNE):
+                raise
+            if len(going) >= self.regions:  # with more gone, targets are nearer
+                self.refused, self.regions = refused, len(going)
+            return math.inf
+        pruned, _ = cut(rest.opened.model, rest.coupling, decision.keep, rest.copies)
+        if recipe.repair:
+            learnt = Observed(model, rest.coupling, self.observed.learnt, recipe.seed)
+            repair(pruned, learnt, decision.keep, recipe.seed)
+        drift = answers.drift(Network(pruned, answers.batches).piece(answers.outputs))
+        if self.best is None or drift < self.best[0]:
+            self.best = drift, _Choice(left_out, decision)
+        return drift
 
 
 def _decide(
@@ -409,8 +514,9 @@ def _decide(
         return _Decision(keep, observed)
     if not recipe.target:  # single weights alone
         return _Decision(np.ones(coupling.count + 1, np.bool_), None)
-    if "layer" in recipe.granularity:
-        return _Decision(np.ones(coupling.count + 1, np.bool_), observed)
+    keep = np.ones(coupling.count + 1, np.bool_)
+    if "layer" in recipe.granularity and (not recipe.units or _met(analysed, recipe)):
+        return _Decision(keep, observed)
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
@@ -422,8 +528,19 @@ def _decide(
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:
             curves = _measure(analysed, observed, scores, recipe, clock)
-        keep = planner.choose(coupling, scores, recipe, analysed.params, curves)
+        keep = planner.choose(coupling, scores, recipe, analysed.params, curves, analysed.macs)
     return _Decision(keep, observed, curves)
+
+
+def _met(analysed: _Analysed, recipe: Recipe) -> bool:
+    """Whether the regions that went meet the budgets without any unit."""
+    coupling = analysed.coupling
+    keep = np.ones(coupling.count + 1, np.bool_)
+    left = {
+        "macs": cost.macs(coupling).of(keep) / max(analysed.macs, 1),
+        "params": cost.params(coupling).of(keep) / max(analysed.params, 1),
+    }
+    return all(left[budget] <= recipe.target.get(budget, 1.0) for budget in left)
 
 
 def _measure(
@@ -513,7 +630,7 @@ def inspect(
     if calibration is not None:
         samples = open_calibration(calibration, opened.model.graph).draw()
     recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
-    units = tuple(kind for kind in recipe.granularity if kind != "layer") or ("channel", "head")
+    units = recipe.units or ("channel", "head")
     recipe = recipe.model_copy(update={"granularity": units}).settled(samples is not None)
     analysed = _analyse(opened, samples, recipe)
     keep = np.ones(analysed.coupling.count + 1, np.bool_)
@@ -524,9 +641,7 @@ def inspect(
     return Inspection(
         groups=tuple(_group(group, keep) for group in analysed.coupling.groups),
         frozen=_frozen(analysed.coupling),
-        cost=Cost(
-            macs=cost.macs(analysed.coupling).of(keep), params=analysed.params, bytes=opened.size
-        ),
+        cost=Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size),
         sensitivity=_sensitivities(analysed.coupling, curves),
         regions=_regions(_offer(analysed, recipe)),
     )
@@ -588,9 +703,8 @@ class _Measured:
         return cls(analysed, source, open_session(source), feeds)
 
     def cost(self, latency: Latency, memory_meter: measure.MemoryMeter) -> Cost:
-        coupling = self.analysed.coupling
         return Cost(
-            macs=cost.macs(coupling).of(np.ones(coupling.count + 1, np.bool_)),
+            macs=self.analysed.macs,
             params=self.analysed.params,
             bytes=self.analysed.opened.size,
             latency=latency,
@@ -613,7 +727,8 @@ def _analyse(opened: OpenedModel, samples: Samples | None, recipe: Recipe) -> _A
     nonzero = None if recipe.sparsity is None else cost.count_nonzero(opened.model)
     copies = dict(unshare(opened.model))
     coupling = couple(opened.model, _shapes(opened, samples), recipe)
-    return _Analysed(opened, copies, coupling, params, nonzero)
+    macs = cost.macs(coupling).of(np.ones(coupling.count + 1, np.bool_))
+    return _Analysed(opened, copies, coupling, params, macs, nonzero)
 
 
 def _shapes(opened: OpenedModel, samples: Samples | None) -> Shapes:

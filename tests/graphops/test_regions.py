@@ -15,7 +15,7 @@ from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.shapes import infer_shapes
-from secateur.graphops.planning import removal
+from secateur.graphops.planning import division, removal
 from secateur.graphops.regions.find import find
 from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.surgery.bypass import bypass
@@ -385,7 +385,7 @@ def test_a_plan_that_removes_something_else_is_refused() -> None:
     [
         ({"target": {"channels": 0.5}}, Code.INVALID_RECIPE),
         ({"target": {"macs": 0.5}, "criterion": "l2"}, Code.INVALID_RECIPE),
-        ({"target": {"macs": 0.5}, "granularity": ["layer", "channel"]}, Code.INVALID_RECIPE),
+        ({"target": {"channels": 0.5}, "granularity": ["layer", "head"]}, Code.INVALID_RECIPE),
         ({"target": {"layers": 0.5}, "granularity": ["channel"]}, Code.INVALID_RECIPE),
         ({"target": {"layers": 0.1}}, Code.UNREACHABLE_TARGET),
     ],
@@ -420,6 +420,89 @@ def test_a_model_without_regions_is_refused() -> None:
     with pytest.raises(Refused) as caught:
         prune(net.bytes(), samples(), target={"macs": 0.5})
     assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
+
+
+# -- beside units ------------------------------------------------------------------------------
+
+KINDS = ["layer", "channel", "head"]
+
+
+def test_idle_regions_go_and_channels_make_up_the_rest() -> None:
+    source, streams = residual()
+    result = prune(source, samples(), granularity=KINDS, target={"macs": 0.6}, repair=False)
+    assert (streams[2], streams[3]) in [(one.entry, one.exit) for one in result.plan.removed]
+    assert result.plan.kept
+    assert result.report.after.macs <= 0.6 * result.report.before.macs
+    assert check_law(source, result).difference < 1e-5
+    again = secateur.graphops.prune(source, plan=result.plan, measure_latency=False)
+    assert again.model == result.model
+    assert again.plan == result.plan
+
+
+def test_divisions_are_measured_and_the_best_is_taken() -> None:
+    source, _ = residual(blocks=5, idle=-1)
+    found = prune(source, samples(256), granularity=KINDS, target={"macs": 0.5}).report.divisions
+    assert [one.regions for one in found] == sorted({one.regions for one in found})
+    assert found[0].regions == 0
+    (chosen,) = (one for one in found if one.chosen)
+    assert chosen.drift == min(one.drift for one in found if one.drift is not None)
+
+
+def test_regions_alone_where_units_do_not_reach() -> None:
+    source, streams = residual(blocks=3)
+    target = {"macs": 0.9}
+    kinds = ["layer", "head"]  # there is none
+    result = prune(source, samples(), granularity=kinds, target=target, repair=False)
+    alone = prune(source, samples(), target=target, repair=False)
+    assert [(one.entry, one.exit) for one in alone.plan.removed] == [(streams[2], streams[3])]
+    assert result.plan.removed == alone.plan.removed
+    assert result.model == alone.model
+    assert [one.drift is None for one in result.report.divisions] == [True, False]
+
+
+def test_layers_and_a_budget_are_both_met() -> None:
+    source, _ = residual(blocks=5)
+    target = {"layers": 0.7, "params": 0.5}
+    report = prune(source, samples(), granularity=KINDS, target=target).report
+    assert sum(len(one.region.layers) for one in report.removed) >= 4
+    assert report.after.params <= 0.5 * report.before.params
+    assert all(one.regions for one in report.divisions)
+
+
+def test_what_nothing_reaches_is_refused_with_the_closest() -> None:
+    source, _ = residual()
+    fields = {"granularity": KINDS, "repair": False}
+    with pytest.raises(Refused) as caught:
+        prune(source, samples(), target={"macs": 0.001}, **fields)
+    assert caught.value.refusal.code is Code.UNREACHABLE_TARGET
+    closest = float(caught.value.refusal.found.split()[0])
+    report = prune(source, samples(), target={"macs": closest + 1e-4}, **fields).report
+    assert report.after.macs <= (closest + 1e-4) * report.before.macs
+
+
+def test_single_weights_go_after_regions() -> None:
+    source, streams = residual()
+    fields = {"granularity": ["layer", "weight"], "sparsity": "0.5", "target": {"layers": 0.8}}
+    result = prune(source, samples(), **fields)
+    assert [(one.entry, one.exit) for one in result.plan.removed] == [(streams[2], streams[3])]
+    assert {round(one.density, 1) for one in result.report.sparse_weights} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("drifts", "least", "tried"),
+    [
+        ([1, 2, 3, 4, 5], 0, {0, 1, 2, 4}),
+        ([5, 4, 3, 2, 1], 4, {0, 2, 3, 4}),
+        ([5, 1, 3, 4, 5], 1, {0, 1, 2, 3, 4}),
+        ([7], 0, {0}),
+    ],
+)
+def test_divisions_are_halved_towards_the_best(
+    drifts: list[float], least: int, tried: set[int]
+) -> None:
+    found = division.search(len(drifts) - 1, lambda count: drifts[count])
+    assert set(found) == tried
+    assert division.best(found) == least
 
 
 def test_influence_is_the_same_where_not_all_values_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, ref
 WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
 STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
 REMOVAL = report.Removal(region=REGION, influence=0.25, drift=0.0)
+DIVISIONS = (report.Division(regions=0), report.Division(regions=2, drift=0.0, chosen=True))
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
@@ -73,6 +74,8 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (SENSITIVITY, report_pb2.Sensitivity),
     (REGION, report_pb2.Region),
     (REMOVAL, report_pb2.Removal),
+    (DIVISIONS[0], report_pb2.Division),
+    (DIVISIONS[1], report_pb2.Division),
     (STEP, report_pb2.RepairStep),
     (WEIGHT, report_pb2.SparseWeight),
     (STAGE_DRIFT, report_pb2.StageDrift),
@@ -93,6 +96,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             groups=(GROUP, GROUP),
             frozen=(),
             removed=(REMOVAL,),
+            divisions=DIVISIONS,
             sensitivity=(SENSITIVITY,),
             repair=(STEP, STEP),
             sparse_weights=(WEIGHT,),

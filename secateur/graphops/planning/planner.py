@@ -28,6 +28,7 @@ def choose(
     recipe: Recipe,
     params_before: int,
     curves: Mapping[int, Curve] | None = None,
+    macs_before: int | None = None,
 ) -> Mask:
     """Which units stay: the decision that surgery carries out.
 
@@ -37,6 +38,7 @@ def choose(
         recipe: targets, scope, granularity and rounding.
         params_before: of the original, copies that unsharing made not counted.
         curves: measured drift by index of the group, for measured scope.
+        macs_before: of the original, where regions of it have gone; None: of the model.
 
     Returns:
         per unit number whether it stays; entry 0 is true.
@@ -62,9 +64,11 @@ def choose(
     taken = 0
     goals: list[tuple[Callable[[Mask], float], float]] = []
     for target, fraction in recipe.target.items():
-        if target == "channels" and recipe.scope == "local":
+        if target == "layers" or (target == "channels" and recipe.scope == "local"):
             continue
         measure, original = _measure(coupling, target, params_before)
+        if target == "macs" and macs_before is not None:
+            original = float(macs_before)
         goals.append((measure, fraction * original))
         taken = max(taken, search.prefix(target, measure, fraction, original))
     gone = np.zeros(len(steps), np.bool_)

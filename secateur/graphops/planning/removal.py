@@ -111,7 +111,7 @@ def choose(
     target: Mapping[str, float],
     tell: Callable[[float], None] = lambda share: None,
 ) -> tuple[Removal, ...]:
-    """The regions that go, in the order in which they were chosen.
+    """The regions that go where nothing else may, in the order in which they were chosen.
 
     Args:
         observed: the original.
@@ -132,41 +132,79 @@ def choose(
             found=offer.refusals[0].detail if offer.refusals else "no layer with weights",
             hint="`secateur inspect` says of every layer why.",
         )
-    return _Search(observed, offer, target).run(tell)
+    return _Search(observed, offer, target, tuple(target)).run(tell)[-1]
+
+
+def path(
+    observed: Observed,
+    offer: Offer,
+    target: Mapping[str, float],
+    tell: Callable[[float], None] = lambda share: None,
+) -> tuple[tuple[Removal, ...], ...]:
+    """The regions that go where units may make up the rest: one more in each entry.
+
+    From none, or the fewest that meet a target of `layers`, to as many as meet all targets or may
+    go at all.
+
+    Args:
+        observed, offer, target, tell: as for `choose`.
+
+    Raises:
+        Refused: `UNREACHABLE_TARGET` where all that may go do not meet a target of `layers`, which
+            nothing else does.
+    """
+    if not offer.regions and "layers" not in target:
+        return ((),)
+    return _Search(observed, offer, target, ("layers",)).run(tell)
 
 
 class _Search:
-    """Greedy removal with a new measurement after each."""
+    """Greedy removal with a new measurement after each.
 
-    def __init__(self, observed: Observed, offer: Offer, target: Mapping[str, float]) -> None:
+    Args:
+        observed, offer, target: see `choose`.
+        alone: targets that only regions can meet.
+    """
+
+    def __init__(
+        self, observed: Observed, offer: Offer, target: Mapping[str, float], alone: Sequence[str]
+    ) -> None:
         self._observed, self._offer = observed, offer
         self._goals = {key: share * offer.totals[key] for key, share in target.items()}
+        self._alone = {key: limit for key, limit in self._goals.items() if key in alone}
         self._target = target
         self._by_size = sorted(offer.regions, key=lambda one: (-len(one.nodes), one.exit))
 
-    def run(self, tell: Callable[[float], None]) -> tuple[Removal, ...]:
-        """See `choose`."""
+    def run(self, tell: Callable[[float], None]) -> tuple[tuple[Removal, ...], ...]:
+        """See `path`; the last entry: see `choose`."""
         self._check_reachable()
         answers = Answers(self._observed, _SAMPLES)
         influence = influences(self._observed, self._offer)
-        taken: list[Removal] = []
-        before = 0.0
+        taken: tuple[Removal, ...] = ()
+        found, before = [taken], 0.0
         while not self._met(regions := [one.region for one in taken]):
             trials = [
-                (self._price(regions, one, found, before), found, one)
-                for one, found in self._measured(answers, regions, influence)
+                (self._price(regions, one, drift, before), drift, one)
+                for one, drift in self._measured(answers, regions, influence)
             ]
+            if not trials:
+                break
             _, before, best = min(trials, key=lambda trial: (trial[0], trial[2].exit))
             removal = Removal(best, influence[best], before)
-            taken = [one for one in taken if not one.region.nodes <= best.nodes] + [removal]
+            rest = (one for one in taken if not one.region.nodes <= best.nodes)
+            taken = (*rest, removal)
+            found.append(taken)
             tell(1.0 - self._missing([one.region for one in taken]))
-        return self._given_back(taken)
+        found[-1] = self._given_back(taken)
+        return tuple(one for one in found if self._met([each.region for each in one], self._alone))
 
     # -- targets ---------------------------------------------------------------------------------
 
-    def _met(self, regions: Sequence[Region]) -> bool:
+    def _met(self, regions: Sequence[Region], goals: Mapping[str, float] | None = None) -> bool:
+        """Whether all targets are met, or those given."""
         left = self._offer.left(regions)
-        return all(left[key] <= limit for key, limit in self._goals.items())
+        goals = self._goals if goals is None else goals
+        return all(left[key] <= limit for key, limit in goals.items())
 
     def _missing(self, regions: Sequence[Region]) -> float:
         """How far the targets are away, 1 at the start and 0 where all are met."""
@@ -197,13 +235,10 @@ class _Search:
         return found
 
     def _check_reachable(self) -> None:
-        smallest = self._smallest([])
-        if self._met(smallest):
-            return
-        left = self._offer.left(smallest)
-        for key, share in self._target.items():
-            if left[key] > self._goals[key]:
-                raise unreachable(key, share, left[key] / self._offer.totals[key])
+        left = self._offer.left(self._smallest([]))
+        for key, limit in self._alone.items():
+            if left[key] > limit:
+                raise unreachable(key, self._target[key], left[key] / self._offer.totals[key])
 
     # -- trials ----------------------------------------------------------------------------------
 
@@ -218,7 +253,7 @@ class _Search:
             if together is not None and (closer := missing - self._missing(together)) > 0:
                 ranked.append((influence[one] / closer, one, together))
         ranked.sort(key=lambda item: (item[0], item[1].exit, item[1].entry))
-        within_reach = (item for item in ranked if self._met(self._smallest(item[2])))
+        within_reach = (item for item in ranked if self._met(self._smallest(item[2]), self._alone))
         tried = list(itertools.islice(within_reach, _TRIED))
         model = self._observed.model
         base = bypass(model, entries(regions))
@@ -244,13 +279,13 @@ class _Search:
         closer = self._missing(regions) - self._missing(together)
         return max(drift - before, _LEAST) / closer
 
-    def _given_back(self, taken: list[Removal]) -> tuple[Removal, ...]:
+    def _given_back(self, taken: tuple[Removal, ...]) -> tuple[Removal, ...]:
         """Without removals that the targets do not need, those with most influence first."""
         for one in sorted(taken, key=lambda one: -(one.influence or 0.0)):
-            rest = [other for other in taken if other is not one]
+            rest = tuple(other for other in taken if other is not one)
             if self._met([other.region for other in rest]):
                 taken = rest
-        return tuple(taken)
+        return taken
 
 
 def influences(observed: Observed, offer: Offer) -> dict[Region, float]:
