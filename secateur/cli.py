@@ -155,7 +155,8 @@ def prune(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="What is kept, as a fraction of the original: channels, params, macs, layers.",
+            help="What is kept, as a fraction of the original: channels, params, macs, layers, "
+            "size (also in bytes: 4MiB).",
         ),
     ] = None,
     criterion: Annotated[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+import re
 from typing import Any, Literal
 
 import pydantic
@@ -12,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import Code, refuse
 from secateur.sparsity import Pattern
 
-TARGETS = ("channels", "params", "macs", "layers")
-BUDGETS = ("macs", "params")  # what a target can count of the whole model
+TARGETS = ("channels", "params", "macs", "layers", "size")
+BUDGETS = ("macs", "params", "size")  # what a target can count of the whole model
 Criterion = Literal[
     "l1",
     "l2",
@@ -40,13 +42,33 @@ Quantize = Literal["int8", "int8_dynamic", "fp16"]
 Scope = Literal["local", "global", "measured"]
 
 
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _bytes(text: str) -> float:
+    """A share, or a number of bytes with or without a unit."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in ("", *_UNITS):
+        raise refuse(
+            Code.INVALID_TARGET,
+            f"target size={text} is not a size",
+            nodes=("target",),
+            expected="a share, or bytes: 0.5, 4MiB, 500kB",
+            found=text,
+        )
+    number = float(found[1])
+    return number if not found[2] else float(math.floor(number * _UNITS[found[2].lower()]))
+
+
 class Recipe(BaseModel):
     """What to prune and how far.
 
     Attributes:
         target: what is *kept*, as fractions of the original in (0, 1]: `channels` (of every
             group; of all units together with `scope="global"`), `params`, `macs`, `layers` (of
-            the matrix products with weights; with `granularity=layer`). Each is met from below,
+            the matrix products with weights; with `granularity=layer`), `size` (of the file that
+            is written, sparsity and quantisation counted; also in bytes, a number above 1 or a
+            text like `4MiB`; not with `granularity=layer`). Each is met from below,
             as closely as one unit, rounding step or region allows. Several: all hold. Empty
             where only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
@@ -113,6 +135,13 @@ class Recipe(BaseModel):
             return {"target": {}, **fields}
         return fields
 
+    @pydantic.field_validator("target", mode="before")
+    @classmethod
+    def _read_size(cls, target: Any) -> Any:
+        if isinstance(target, dict) and isinstance(target.get("size"), str):
+            return {**target, "size": _bytes(target["size"])}
+        return target
+
     @pydantic.field_validator("sparsity", mode="before")
     @classmethod
     def _check_sparsity(cls, value: Any) -> Any:
@@ -156,6 +185,15 @@ class Recipe(BaseModel):
                 hint="An index takes 8 bytes, a dense int8 weight 1.",
             )
         self._check_targets_fit()
+        if "size" in self.target and self.sparse_initializers and self.scope == "global":
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "how many weights of each layer become zero is not known before they do, and with "
+                "it what is stored as a sparse initializer",
+                nodes=("target", "sparse_initializers", "scope"),
+                expected="scope=local or measured, or another target than size",
+                found="scope=global",
+            )
         return self
 
     def _check_targets_fit(self) -> None:
@@ -188,7 +226,8 @@ class Recipe(BaseModel):
                     expected=f"one of {', '.join(TARGETS)}",
                     found=key,
                 )
-            if not 0.0 < value <= 1.0:  # also refuses NaN
+            in_bytes = key == "size" and 1.0 < value < math.inf
+            if not (0.0 < value <= 1.0 or in_bytes):  # also refuses NaN
                 raise refuse(
                     Code.INVALID_TARGET,
                     f"target {key} is the fraction of the original that is kept",
@@ -284,6 +323,15 @@ class Recipe(BaseModel):
                     expected=f"no {field}",
                     found=value,
                 )
+        if "size" in self.target:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "size=… is met by units, and of regions it is not known before they go",
+                nodes=("target", "granularity"),
+                expected="a target among macs, params, layers",
+                found=", ".join(self.target),
+                hint="params=… is close to it.",
+            )
         if "channels" in self.target:
             raise refuse(
                 Code.INVALID_RECIPE,

@@ -43,7 +43,7 @@ from secateur.graphops.profile import measure
 from secateur.graphops.profile.size import compressed
 from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.regions import find as found
-from secateur.graphops.repair.repair import repair
+from secateur.graphops.repair.repair import make_room, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery.bypass import bypass
@@ -300,6 +300,8 @@ def _cut(
         with clock.stage(Stage.QUANTIZE, recipe.quantize):
             unquantised = serialised
             serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
+    if plan is None:
+        _check_size(serialised.size, opened.size, recipe)
     feeds = _examples(analysed) if samples is None else samples.judged
     source = _runnable(model, opened)
     before = Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size)
@@ -528,8 +530,48 @@ def _decide(
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:
             curves = _measure(analysed, observed, scores, recipe, clock)
-        keep = planner.choose(coupling, scores, recipe, analysed.params, curves, analysed.macs)
+        given: dict[str, planner.Measure] = {
+            "macs": (cost.macs(coupling).of, float(analysed.macs)),
+            "size": (
+                functools.partial(_written, analysed, recipe, samples),
+                float(analysed.opened.size),
+            ),
+        }
+        keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
     return _Decision(keep, observed, curves)
+
+
+def _written(analysed: _Analysed, recipe: Recipe, samples: Samples | None, keep: Mask) -> int:
+    """Bytes of the file for a choice of units, at most: as written in the end, but the numbers.
+
+    Weights go by magnitude and scales come from one batch, which changes no count of either.
+    """
+    pruned, _ = cut(analysed.opened.model, analysed.coupling, keep, analysed.copies)
+    if recipe.repair:
+        make_room(pruned, analysed.coupling)
+    if not recipe.sparse_initializers:
+        serialised = serialise(pruned)
+    else:
+        plain = recipe.model_copy(update={"weight_criterion": "magnitude"})
+        weights = sparsify(pruned, analysed.coupling.shapes, plain, ())
+        serialised, _ = store_sparse(serialise(pruned), weights)
+    if recipe.quantize is not None:
+        serialised = quantise(serialised, recipe.quantize, samples.seen[:1] if samples else ())
+    return serialised.size
+
+
+def _check_size(size: int, original: int, recipe: Recipe) -> None:
+    """Raises `UNREACHABLE_TARGET` where the file is larger than asked after all."""
+    asked = recipe.target.get("size", math.inf)
+    limit = asked * original if asked <= 1 else asked
+    if size > limit:
+        raise refuse(
+            Code.UNREACHABLE_TARGET,
+            f"the file became larger than was foreseen for size={asked:g}",
+            expected=f"at most {math.floor(limit)} bytes",
+            found=f"{size} bytes",
+            hint="Ask for a little less.",
+        )
 
 
 def _met(analysed: _Analysed, recipe: Recipe) -> bool:

@@ -58,6 +58,18 @@ def params(coupling: Coupling) -> Cost:
     )
 
 
+def constant_bytes(coupling: Coupling) -> Cost:
+    """Bytes of all constants, whatever they hold."""
+    return _cost(
+        coupling,
+        [
+            (tensor.dtype.itemsize, tuple((name, axis) for axis in range(len(tensor.shape))))
+            for name, tensor in coupling.constants.items()
+            if tensor.dtype != ir.DataType.STRING
+        ],
+    )
+
+
 def macs_by_node(coupling: Coupling) -> dict[str, float]:
     """Multiply-accumulates of one sample, nothing cut, by label of the node."""
     divisor = _batch(coupling)

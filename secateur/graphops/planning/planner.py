@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores, Step, sequence
 from secateur.recipe import BUDGETS, Recipe
 
+# What a target counts of a choice of units, and how much of it the original has.
+Measure = tuple[Callable[[Mask], float], float]
+
 
 def choose(
     coupling: Coupling,
@@ -28,7 +32,7 @@ def choose(
     recipe: Recipe,
     params_before: int,
     curves: Mapping[int, Curve] | None = None,
-    macs_before: int | None = None,
+    given: Mapping[str, Measure] = MappingProxyType({}),
 ) -> Mask:
     """Which units stay: the decision that surgery carries out.
 
@@ -38,7 +42,8 @@ def choose(
         recipe: targets, scope, granularity and rounding.
         params_before: of the original, copies that unsharing made not counted.
         curves: measured drift by index of the group, for measured scope.
-        macs_before: of the original, where regions of it have gone; None: of the model.
+        given: what targets count that the coupling does not know: the `size` of the file, and
+            `macs` where regions of the original have gone.
 
     Returns:
         per unit number whether it stays; entry 0 is true.
@@ -66,10 +71,9 @@ def choose(
     for target, fraction in recipe.target.items():
         if target == "layers" or (target == "channels" and recipe.scope == "local"):
             continue
-        measure, original = _measure(coupling, target, params_before)
-        if target == "macs" and macs_before is not None:
-            original = float(macs_before)
-        goals.append((measure, fraction * original))
+        measure, original = given.get(target) or _measure(coupling, target, params_before)
+        if target != "size":
+            goals.append((measure, fraction * original))
         taken = max(taken, search.prefix(target, measure, fraction, original))
     gone = np.zeros(len(steps), np.bool_)
     gone[:taken] = True
@@ -77,14 +81,16 @@ def choose(
     if recipe.scope == "local" and "channels" in recipe.target:
         fixed = _local_share(coupling, steps, recipe.target["channels"])
         gone |= fixed
-    search.give_back(gone, fixed, goals)
+    if "size" not in recipe.target:  # writing a file for every step would take too long
+        search.give_back(gone, fixed, goals)
     return search.keep(gone)
 
 
-def _measure(
-    coupling: Coupling, target: str, params_before: int
-) -> tuple[Callable[[Mask], float], float]:
+def _measure(coupling: Coupling, target: str, params_before: int) -> Measure:
     """What a target counts, and its value for the original."""
+    if target == "size":  # near enough to say which steps save most
+        constants = cost.constant_bytes(coupling)
+        return constants.of, float(constants.of(np.ones(coupling.count + 1, np.bool_)))
     if target == "channels":
         return (lambda keep: float(keep[1:].sum())), float(coupling.count)
     if target == "params":
@@ -131,13 +137,14 @@ class _Search:
         Raises:
             Refused: `UNREACHABLE_TARGET` when all of them do not.
         """
+        limit = fraction * original if fraction <= 1 else fraction
         low, high = 0, len(self._steps)
         least = measure(self._after(high))
-        if least > fraction * original:
-            raise unreachable(target, fraction, least / original)
+        if least > limit:
+            raise unreachable(target, fraction, least / original if fraction <= 1 else least)
         while low < high:
             middle = (low + high) // 2
-            if measure(self._after(middle)) <= fraction * original:
+            if measure(self._after(middle)) <= limit:
                 high = middle
             else:
                 low = middle + 1
@@ -168,12 +175,20 @@ class _Search:
 
 
 def unreachable(target: str, fraction: float, closest: float) -> Refused:
-    """The refusal of a target that everything that may go does not meet."""
+    """The refusal of a target that everything that may go does not meet.
+
+    Args:
+        target: its name.
+        fraction: that was asked for; above 1 a number of bytes.
+        closest: what can be reached, likewise.
+    """
+    in_bytes = fraction > 1
+    found = f"{closest:.0f} bytes" if in_bytes else f"{closest:.4f}"
+    least = f"{closest:.0f}" if in_bytes else f"{math.ceil(closest * 1000) / 1000:g}"
     return refuse(
         Code.UNREACHABLE_TARGET,
-        f"target {target}={fraction:g} cannot be reached",
-        expected=f"{target} at most {fraction:g} of the original",
-        found=f"{closest:.4f} with everything gone that may go",
-        hint=f"Ask for {target}={math.ceil(closest * 1000) / 1000:g} or more; `secateur inspect` "
-        "lists what is frozen and why.",
+        f"target {target}={fraction:.10g} cannot be reached",
+        expected=f"{target} at most {fraction:.10g} {'bytes' if in_bytes else 'of the original'}",
+        found=f"{found} with everything gone that may go",
+        hint=f"Ask for {target}={least} or more; `secateur inspect` lists what is frozen and why.",
     )

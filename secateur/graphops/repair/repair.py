@@ -77,6 +77,23 @@ def repair(
     return tuple(steps)
 
 
+def make_room(pruned: ir.Model, coupling: Coupling) -> None:
+    """Gives nodes the biases that `repair` may give them, all zeros: its file is no larger.
+
+    Args:
+        pruned: is changed.
+        coupling: of the model it was cut from.
+    """
+    places = {node: place for place, node in enumerate(pruned.graph)}
+    for view in list(linear_maps(pruned, coupling.shapes)):
+        target = Target.of(view, places) if width(view) <= WIDEST else None
+        if target is None or not target.biased:
+            continue
+        if target.bias is None or len(target.bias.uses()) > 1:
+            weight = weight_of(view)
+            target.write(pruned.graph, weight, np.zeros(weight.shape[:2]))
+
+
 class _Fit:
     """The refit of one node."""
 
