@@ -12,6 +12,7 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.quantised import scaled_constants
 from secateur.recipe import Reduction
 
 Scores = npt.NDArray[np.float64]
@@ -76,10 +77,16 @@ class Context:
         return total / np.maximum(axes, 1) if self.reduction == "mean" else total
 
     def weights(self) -> Iterator[tuple[str, ir.TensorProtocol]]:
-        """Constants with two or more axes of which some can be cut."""
+        """Constants with two or more axes of which some can be cut.
+
+        Integers come as what they stand for: per channel they fill their range, and only their
+        scales tell channels apart.
+        """
+        scaled = scaled_constants(self.model.graph)
         for name, tensor in self.coupling.constants.items():
             if len(tensor.shape) >= 2 and self.coupling.axes(name):
-                yield name, tensor
+                found = scaled.get(name)
+                yield name, tensor if found is None else ir.tensor(found.real(tensor.numpy()))
 
     def zeros(self) -> Scores:
         """One total per unit; entry 0 is for what cannot be cut."""

@@ -1,0 +1,84 @@
+"""What the integers of quantised weights stand for: (q − zero point) · scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from secateur.graphops.model.shapes import constant_of
+from secateur.graphops.rules.attributes import integer
+
+# Operator → inputs that hold integers, their scale (None: it is applied later) and zero point.
+_READERS: dict[str, tuple[int, int | None, int]] = {
+    "DequantizeLinear": (0, 1, 2),
+    "QLinearConv": (3, 4, 5),
+    "QLinearMatMul": (3, 4, 5),
+    "QGemm": (3, 4, 5),
+    "ConvInteger": (1, None, 3),
+    "MatMulInteger": (1, None, 3),
+    "MatMulIntegerToFloat": (1, 3, 5),
+    "DynamicQuantizeMatMul": (1, 2, 3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Scale and zero point of one constant.
+
+    Attributes:
+        axis: that they run along where they are vectors.
+        scale, zero: one number, or one per position of the axis.
+    """
+
+    axis: int
+    scale: npt.NDArray[Any]
+    zero: npt.NDArray[Any]
+
+    def real(self, integers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """What integers stand for, in their shape."""
+        shape = [1] * integers.ndim
+        shape[self.axis] = -1
+        scale, zero = (
+            array.astype(np.float32).reshape(shape if array.size > 1 else [1] * integers.ndim)
+            for array in (self.scale, self.zero)
+        )
+        real: npt.NDArray[np.float32] = (integers.astype(np.float32) - zero) * scale
+        return real
+
+
+def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:
+    """Constants of integers that operators read as scaled numbers, by name."""
+    found = {}
+    for node in graph.all_nodes():
+        if node.op_type not in _READERS or integer(node, "block_size", 0):
+            continue
+        place, *others = _READERS[node.op_type]
+        tensor = constant_of(_input(node, place))
+        scale, zero = (constant_of(_input(node, index)) for index in others)
+        if tensor is None or (scale is None and others[0] is not None):
+            continue
+        found[str(node.inputs[place].name)] = Scaled(  # type: ignore[union-attr]
+            _axis(node, len(tensor.shape)),
+            np.ones(1) if scale is None else scale.numpy(),
+            np.zeros(1) if zero is None else zero.numpy(),
+        )
+    return found
+
+
+def _input(node: ir.Node, index: int | None) -> ir.Value | None:
+    return None if index is None or index >= len(node.inputs) else node.inputs[index]
+
+
+def _axis(node: ir.Node, rank: int) -> int:
+    """Along which vectors of scales run: of output channels, if the operator does not say."""
+    if node.op_type == "DequantizeLinear":
+        return integer(node, "axis", 1)
+    if node.op_type in ("QLinearConv", "ConvInteger"):
+        return 0
+    if node.op_type == "QGemm" and integer(node, "transB", 0):
+        return 0
+    return rank - 1

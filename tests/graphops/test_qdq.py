@@ -1,0 +1,144 @@
+"""Models that ONNX Runtime has quantised are pruned with their scales and zero points."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from nets import Net
+from onnx import numpy_helper
+from onnxruntime import quantization
+from onnxruntime.quantization import QuantFormat, QuantType
+
+import secateur
+import secateur.graphops
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.quantised import scaled_constants
+from secateur.graphops.verify.law import check_law
+
+DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
+CALIBRATION = np.load(DIGITS / "calibration.npz")
+FORMS: dict[str, dict[str, Any]] = {
+    "qdq per channel": {"per_channel": True, "weight_type": QuantType.QInt8},
+    "qdq per tensor": {"per_channel": False, "weight_type": QuantType.QInt8},
+    "qdq zero points": {
+        "per_channel": True,
+        "weight_type": QuantType.QUInt8,
+        "activation_type": QuantType.QUInt8,
+        "extra_options": {"WeightSymmetric": False},
+    },
+    "operators": {"per_channel": True, "quant_format": QuantFormat.QOperator},
+    "dynamic": {},
+}
+
+
+class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self) -> None:
+        names = CALIBRATION.files
+        rows = [{name: CALIBRATION[name][i : i + 32] for name in names} for i in (0, 32)]
+        self._rows: Iterator[dict[str, np.ndarray]] = iter(rows)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._rows, None)
+
+
+@pytest.fixture(scope="module", params=[(n, f) for n in ("cnn", "transformer") for f in FORMS])
+def quantised(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, bytes]:
+    name, form = request.param
+    path = tmp_path_factory.mktemp("qdq") / "int8.onnx"
+    source = DIGITS / f"digits_{name}.onnx"
+    if form == "dynamic":
+        quantization.quantize_dynamic(source, path, per_channel=True, reduce_range=True)
+    else:
+        quantization.quantize_static(source, path, _Reader(), reduce_range=True, **FORMS[form])
+    return form, path.read_bytes()
+
+
+def constants(model: bytes) -> dict[str, np.ndarray]:
+    proto = onnx.load_from_string(model)
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+
+
+def prune(source: bytes, **fields: Any) -> secateur.Result:
+    plain = {"target": {"channels": 0.6}, "repair": False}
+    recipe = secateur.Recipe.parse({**plain, **fields})
+    return secateur.graphops.prune(source, recipe, measure_latency=False)
+
+
+def test_scales_and_zero_points_are_cut_with_their_weights(quantised: tuple[str, bytes]) -> None:
+    form, source = quantised
+    result = prune(source)
+    before, after = constants(source), constants(result.model)
+    kept = {entry.tensor: entry for entry in result.plan.kept}
+    assert kept
+    for name, array in after.items():
+        entry = kept.get(name)
+        if array.dtype == np.int64:  # shapes
+            continue
+        wanted = before[name if entry is None else entry.source]
+        for axis, indices in () if entry is None else entry.axes.items():
+            wanted = np.take(wanted, indices, axis=axis)
+        np.testing.assert_array_equal(array, wanted)
+    scales = {name for name in kept if name.endswith("_scale")}
+    assert scales == {n for n in scales if before[n].size > 1}
+    assert scales or "channel" not in form
+    if form != "dynamic":  # it finds new scales for what is left
+        assert check_law(source, result).difference < 2e-2
+
+
+def test_units_are_ranked_by_what_their_integers_stand_for() -> None:
+    """Per channel, the integers of every channel fill their range."""
+    net = Net()
+    integers = net.draw.integers(-60, 60, (8, 4, 1, 1)).astype(np.int8)
+    scales = np.array([9, 1, 8, 2, 7, 3, 6, 4], np.float32) / 500
+    w = net.op("DequantizeLinear", net.const(integers), net.const(scales), axis=0)
+    x = net.op("Relu", net.op("Conv", net.input("x", [2, 4, 6, 6]), w))
+    net.output(
+        net.op("GlobalAveragePool", net.op("Conv", x, net.const(np.ones((3, 8, 1, 1), "f"))))
+    )
+    result = prune(net.bytes(), target={"channels": 0.5}, criterion="l2", reduction="sum")
+    entry = next(e for e in result.plan.kept if e.source == net.initializers[1].name)
+    assert entry.axes == {0: (0, 2, 4, 6)}
+
+
+@pytest.mark.parametrize("op_type", ["QLinearConv", "QLinearMatMul", "DequantizeLinear"])
+def test_what_integers_stand_for(op_type: str) -> None:
+    net = Net()
+    rank = 4 if op_type == "QLinearConv" else 2
+    axis = 0 if op_type == "QLinearConv" else 1
+    weight = net.draw.integers(0, 255, (5, 5, 1, 1)[:rank]).astype(np.uint8)
+    scale = (0.01 * np.arange(1, 6)).astype(np.float32)
+    zero = np.array([100, 110, 120, 130, 140], np.uint8)
+    operands = [net.const(array) for array in (weight, scale, zero)]
+    if op_type == "DequantizeLinear":
+        net.output(net.op(op_type, *operands))
+    else:
+        step, middle = net.const(np.float32(0.1)), net.const(np.uint8(128))
+        x = net.op("QuantizeLinear", net.input("x", [3, 5, 2, 2][:rank]), step, middle)
+        y = net.op(op_type, x, step, middle, *operands, step, middle)
+        net.output(net.op("DequantizeLinear", y, step, middle))
+    graph = open_model(net.bytes()).model.graph
+    shape = [1] * rank
+    shape[axis] = 5
+    wanted = (weight.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape)
+    found = scaled_constants(graph)[operands[0]].real(weight)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_answers_stay(quantised: tuple[str, bytes]) -> None:
+    _, source = quantised
+    result = prune(source, target={"channels": 0.9})
+    feeds = {name: CALIBRATION[name][:200] for name in CALIBRATION.files}
+    answers = [
+        onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for m in (source, result.model)
+    ]
+    same = (answers[0].argmax(-1) == answers[1].argmax(-1)).mean()
+    assert same > 0.8
