@@ -39,6 +39,7 @@ def page(report: Report, title: str) -> str:
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
         *_removed(report),
+        *_factored(report),
         *_divisions(report),
         *_sensitivity(report),
         *_repair(report),
@@ -142,6 +143,24 @@ def _removed(report: Report) -> list[str]:
     return ["<h2>Left out whole</h2>", _table(heads, rows, numbers=(2, 3, 4))]
 
 
+def _factored(report: Report) -> list[str]:
+    """Every product that was split."""
+    if not report.factored:
+        return []
+    rows = (
+        (
+            f"<code>{html.escape(one.node)}</code>",
+            str(one.inputs),
+            str(one.rank),
+            str(one.outputs),
+            f"{one.error:.2e}",
+        )
+        for one in report.factored
+    )
+    heads = ("Node", "From", "Through", "To", "Error")
+    return ["<h2>Split in two</h2>", _table(heads, rows, numbers=(1, 2, 3, 4))]
+
+
 def _divisions(report: Report) -> list[str]:
     """What was weighed between regions and units."""
     if not report.divisions:
@@ -149,17 +168,15 @@ def _divisions(report: Report) -> list[str]:
     rows = (
         (
             str(one.regions),
+            str(one.factored),
             "out of reach" if one.drift is None else f"{one.drift:.2e}",
             "taken" if one.chosen else "",
         )
         for one in report.divisions
     )
-    said = "<p>Regions left out whole, units making up the rest of the budget."
-    return [
-        "<h2>Regions or units</h2>",
-        said,
-        _table(("Regions", "Drift", ""), rows, numbers=(0, 1)),
-    ]
+    said = "<p>Regions left out, products split, and units making up the rest of the budget."
+    heads = ("Regions", "Products", "Drift", "")
+    return ["<h2>Divisions of the budget</h2>", said, _table(heads, rows, numbers=(0, 1, 2))]
 
 
 def _repair(report: Report) -> list[str]:

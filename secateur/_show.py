@@ -155,10 +155,14 @@ def report(found: Report, out: pathlib.Path) -> None:
         region = one.region
         text = f"left out: {len(region.layers)} layers between {region.entry} and {region.exit}"
         console.print(text, markup=False)
+    for product in found.factored:
+        sizes = f"{product.inputs} to {product.rank} to {product.outputs} channels"
+        console.print(f"split: {product.node}, {sizes}", markup=False)
     for division in found.divisions:
         drift = "out of reach" if division.drift is None else f"drift {division.drift:.3g}"
         chosen = ", taken" if division.chosen else ""
-        console.print(f"{division.regions} regions and the rest of units: {drift}{chosen}")
+        parts = f"{division.regions} regions, {division.factored} products split"
+        console.print(f"{parts}, units for the rest: {drift}{chosen}")
     _frozen(console, found.frozen)
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -78,7 +78,9 @@ ReportFile = Annotated[
 ]
 Granularity = Annotated[
     str | None,
-    typer.Option(metavar="KIND,…", help="What may go: channel, head or head_dim, layer, weight."),
+    typer.Option(
+        metavar="KIND,…", help="What may go: channel, head or head_dim, layer, rank, weight."
+    ),
 ]
 Ignore = Annotated[
     list[str] | None,

@@ -45,6 +45,20 @@ class RemovedRegion(BaseModel):
     nodes: tuple[str, ...]
 
 
+class FactoredProduct(BaseModel):
+    """A matrix product that was split in two.
+
+    Attributes:
+        output: of the node.
+        rank: channels between the two.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    output: str
+    rank: int
+
+
 class Plan(BaseModel):
     """A frozen, serialisable decision.
 
@@ -52,8 +66,10 @@ class Plan(BaseModel):
         version: of this format.
         source: SHA-256 (hex) of the original model's bytes.
         recipe: what was asked.
-        removed: regions that went, before anything was cut.
-        kept: one entry per changed tensor, in the result's order.
+        removed: regions that went, before anything else.
+        factored: products that were split, before anything was cut.
+        kept: one entry per changed tensor, in the result's order. The source of a tensor that
+            came by a split is the tensor as it then was, under its own name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +78,7 @@ class Plan(BaseModel):
     source: str
     recipe: Recipe
     removed: tuple[RemovedRegion, ...] = ()
+    factored: tuple[FactoredProduct, ...] = ()
     kept: tuple[KeptTensor, ...]
 
     def to_json(self) -> str:

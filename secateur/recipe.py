@@ -35,7 +35,7 @@ Criterion = Literal[
 ]
 Reduction = Literal["sum", "mean", "max", "first"]
 Normaliser = Literal["none", "mean", "max", "isomorphic"]
-Granularity = Literal["channel", "head", "head_dim", "weight", "layer"]
+Granularity = Literal["channel", "head", "head_dim", "weight", "layer", "rank"]
 Grouped = Literal["auto", "whole", "balanced"]
 WeightCriterion = Literal["magnitude", "wanda", "second_order"]
 Quantize = Literal["int8", "int8_dynamic", "fp16"]
@@ -68,7 +68,7 @@ class Recipe(BaseModel):
             group; of all units together with `scope="global"`), `params`, `macs`, `layers` (of
             the matrix products with weights; with `granularity=layer`), `size` (of the file that
             is written, sparsity and quantisation counted; also in bytes, a number above 1 or a
-            text like `4MiB`; not with `granularity=layer`). Each is met from below,
+            text like `4MiB`; not with `granularity=layer` or `rank`). Each is met from below,
             as closely as one unit, rounding step or region allows. Several: all hold. Empty
             where only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
@@ -83,7 +83,9 @@ class Recipe(BaseModel):
             dimensions of every attention head instead of whole heads. `weight`: single weights
             of what is left, as `sparsity` says. `layer`: parts of the model that end in the shape
             in which they begin, whole; needs calibration data and a target among `macs`, `params`
-            and `layers`. With units beside it, what goes as regions and what as units is measured.
+            and `layers`. `rank`: matrix products are split in two with few channels between; needs
+            a target among `macs` and `params`. With units beside `layer` or `rank`, how much goes
+            as which is measured, on calibration data.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
@@ -253,7 +255,7 @@ class Recipe(BaseModel):
     @property
     def units(self) -> tuple[Granularity, ...]:
         """The kinds of units that may go."""
-        return tuple(kind for kind in self.granularity if kind not in ("weight", "layer"))
+        return tuple(kind for kind in self.granularity if kind not in ("weight", "layer", "rank"))
 
     def settled(self, calibrated: bool) -> Recipe:
         """The same recipe with every choice made that was left open.
@@ -265,9 +267,9 @@ class Recipe(BaseModel):
             Refused: `INVALID_CALIBRATION` when something was asked for that needs them and there
                 are none, `INVALID_RECIPE` for measured scope without a budget.
         """
-        if "layer" in self.granularity:
-            self._check_layers()
-        elif "layers" in self.target:
+        if {"layer", "rank"} & set(self.granularity):
+            self._check_structure()
+        if "layers" in self.target and "layer" not in self.granularity:
             raise refuse(
                 Code.INVALID_RECIPE,
                 "the target layers counts what only granularity=layer takes",
@@ -311,9 +313,20 @@ class Recipe(BaseModel):
             )
         return self.model_copy(update=chosen)
 
-    def _check_layers(self) -> None:
-        """Which layers go is measured, and of no unit; what cannot be heeded is refused."""
-        given = {"criterion": self.criterion, "scope": self.scope, "round_to": self.round_to}
+    def _check_structure(self) -> None:
+        """Which layers go, and which ranks, is measured; what cannot be heeded is refused."""
+        given: dict[str, object] = {"criterion": self.criterion, "scope": self.scope}
+        if {"layer", "rank"} <= set(self.granularity) and not self.units:
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "layers and ranks are weighed by what units make up beside them",
+                nodes=("granularity",),
+                expected="channel or head beside layer and rank",
+                found=", ".join(self.granularity),
+                hint="Prune twice, layers first: the result of one is a model for the other.",
+            )
+        if "rank" not in self.granularity:
+            given["round_to"] = self.round_to
         for field, value in given.items():
             if value is not None and not self.units:
                 raise refuse(
@@ -326,7 +339,7 @@ class Recipe(BaseModel):
         if "size" in self.target:
             raise refuse(
                 Code.INVALID_RECIPE,
-                "size=… is met by units, and of regions it is not known before they go",
+                "size=… is met by units, and of other kinds it is not known before they go",
                 nodes=("target", "granularity"),
                 expected="a target among macs, params, layers",
                 found=", ".join(self.target),
@@ -335,7 +348,7 @@ class Recipe(BaseModel):
         if "channels" in self.target:
             raise refuse(
                 Code.INVALID_RECIPE,
-                "channels=… says the share of every group, and layers go whole",
+                "channels=… says the share of every group, and layers and ranks have none",
                 nodes=("target",),
                 expected="a target among macs, params, layers",
                 found=", ".join(self.target),

@@ -213,17 +213,36 @@ class Removal(_Value):
     drift: float | None = None
 
 
-class Division(_Value):
-    """A division of the budget between regions and units that was carried out and measured.
+class Factored(_Value):
+    """A matrix product that was split in two.
 
     Attributes:
-        regions: that went whole; units made up the rest.
+        node: itself.
+        inputs, outputs, rank: channels before, behind and between the two.
+        error: E‖y − ŷ‖² / E‖y‖² on calibration data, before repair; without them
+            ‖W − Ŵ‖² / ‖W‖².
+    """
+
+    node: str
+    inputs: int
+    outputs: int
+    rank: int
+    error: float
+
+
+class Division(_Value):
+    """A division of the budget that was carried out and measured; units made up the rest.
+
+    Attributes:
+        regions: that went whole.
+        factored: matrix products that were split.
         drift: Σ‖y′ − y‖² / Σ‖y − ȳ‖² over the outputs, repaired as asked, on samples that no fit
             had seen; absent where units could not make up the rest.
         chosen: whether it was taken.
     """
 
     regions: int
+    factored: int = 0
     drift: float | None = None
     chosen: bool = False
 
@@ -310,7 +329,9 @@ class Report(_Value):
         groups: every prunable group, with how much of it was kept.
         frozen: reasons for which channels stayed.
         removed: regions that went whole, in the order in which they were chosen.
-        divisions: of the budget between regions and units; empty unless both might go.
+        factored: matrix products that were split, in graph order.
+        divisions: of the budget between regions, ranks and units, by how many regions and
+            products; empty unless units and one of the others might go.
         sensitivity: of each group that was tried, where the scope was measured.
         repair: every refit, in graph order; empty without repair.
         sparse_weights: what became of each weight matrix; empty unless single weights went.
@@ -326,6 +347,7 @@ class Report(_Value):
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...] = ()
+    factored: tuple[Factored, ...] = ()
     divisions: tuple[Division, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()

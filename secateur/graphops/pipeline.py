@@ -34,7 +34,15 @@ from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, node_label, open_model
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import Serialised, serialise
-from secateur.graphops.planning import cost, division, planner, removal, replay, sensitivity
+from secateur.graphops.planning import (
+    cost,
+    division,
+    planner,
+    ranks,
+    removal,
+    replay,
+    sensitivity,
+)
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
@@ -48,15 +56,17 @@ from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
+from secateur.graphops.surgery.split import split
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.accuracy import Scored
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.runtime import one_blas_thread, open_session
-from secateur.plan import Plan, RemovedRegion
+from secateur.plan import FactoredProduct, Plan, RemovedRegion
 from secateur.recipe import Recipe
 from secateur.report import (
     Cost,
     Division,
+    Factored,
     Frozen,
     Group,
     Inspection,
@@ -143,6 +153,11 @@ class _Analysed:
     def graph(self) -> ir.Graph:
         return self.opened.model.graph
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Of the original, by budget."""
+        return {"macs": float(self.macs), "params": float(self.params)}
+
 
 def prune(
     model: ModelSource,
@@ -204,6 +219,7 @@ def prune(
         groups=done.groups,
         frozen=done.frozen,
         removed=done.removed,
+        factored=done.factored,
         divisions=done.divisions,
         sensitivity=done.sensitivity,
         repair=done.repair,
@@ -230,6 +246,7 @@ class _Done:
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...]
+    factored: tuple[Factored, ...]
     divisions: tuple[Division, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
@@ -276,8 +293,8 @@ def _cut(
         analysed = _analyse(opened, samples, recipe)
     with one_blas_thread():
         choice = _choose(analysed, recipe, samples, plan, clock)
-        left_out, decision = choice.left_out, choice.decision
-        rest = left_out.rest
+        structure, decision = choice.structure, choice.decision
+        rest = structure.rest
         with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):
             pruned, kept = cut(rest.opened.model, rest.coupling, decision.keep, analysed.copies)
         steps: tuple[RepairStep, ...] = ()
@@ -319,12 +336,19 @@ def _cut(
         source=source,
         serialised=serialised,
         unquantised=unquantised,
-        plan=Plan(source=opened.sha256, recipe=recipe_asked, removed=left_out.planned, kept=kept),
+        plan=Plan(
+            source=opened.sha256,
+            recipe=recipe_asked,
+            removed=structure.removed,
+            factored=structure.factored,
+            kept=kept,
+        ),
         before=before,
         after=after,
         groups=tuple(_group(group, decision.keep) for group in rest.coupling.groups),
         frozen=_frozen(rest.coupling),
-        removed=left_out.reported,
+        removed=structure.removals,
+        factored=structure.losses,
         divisions=choice.divisions,
         sensitivity=_sensitivities(rest.coupling, decision.curves or {}),
         repair=steps,
@@ -353,42 +377,68 @@ class _Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _LeftOut:
-    """What is left of a model without the regions that go, and which they are."""
+class _Structure:
+    """A model without the regions that go and with the products split that are, analysed anew.
+
+    Attributes:
+        rest: itself.
+        removed, factored: what a plan says of both.
+        removals, losses: what the report says of both.
+    """
 
     rest: _Analysed
-    planned: tuple[RemovedRegion, ...] = ()
-    reported: tuple[Removal, ...] = ()
+    removed: tuple[RemovedRegion, ...] = ()
+    factored: tuple[FactoredProduct, ...] = ()
+    removals: tuple[Removal, ...] = ()
+    losses: tuple[Factored, ...] = ()
 
-
-def _leave_out(
-    analysed: _Analysed,
-    offer: Offer,
-    going: Sequence[removal.Removal],
-    samples: Samples | None,
-    recipe: Recipe,
-) -> _LeftOut:
-    """Leaves regions out and analyses the rest anew."""
-    if not going:
-        return _LeftOut(analysed)
-    entries = removal.entries(one.region for one in going)
-    opened = replace(analysed.opened, model=bypass(analysed.opened.model, entries))
-    coupling = couple(opened.model, _shapes(opened, samples), recipe)
-    return _LeftOut(
-        replace(analysed, opened=opened, coupling=coupling),
-        tuple(
+    def without(
+        self,
+        offer: Offer,
+        going: Sequence[removal.Removal],
+        samples: Samples | None,
+        recipe: Recipe,
+    ) -> _Structure:
+        """Leaves regions out."""
+        if not going:
+            return self
+        entries = removal.entries(one.region for one in going)
+        rest = self._again(bypass(self.rest.opened.model, entries), samples, recipe)
+        removed = tuple(
             RemovedRegion(entry=r.entry, exit=r.exit, nodes=offer.names(r))
             for r in (one.region for one in going)
-        ),
-        tuple(_removal(offer, one) for one in going),
-    )
+        )
+        removals = tuple(_removal(offer, one) for one in going)
+        return replace(self, rest=rest, removed=removed, removals=removals)
+
+    def split(
+        self,
+        offered: Sequence[ranks.Candidate],
+        chosen: ranks.Ranks,
+        samples: Samples | None,
+        recipe: Recipe,
+    ) -> _Structure:
+        """Splits products."""
+        if not chosen:
+            return self
+        going = [one for one in offered if one.name in chosen]
+        factors = {one.name: one.factors(chosen[one.name]) for one in going}
+        rest = self._again(split(self.rest.opened.model, factors), samples, recipe)
+        factored = tuple(FactoredProduct(output=o.name, rank=chosen[o.name]) for o in going)
+        losses = tuple(_factored(one, chosen[one.name]) for one in going)
+        return replace(self, rest=rest, factored=factored, losses=losses)
+
+    def _again(self, model: ir.Model, samples: Samples | None, recipe: Recipe) -> _Analysed:
+        opened = replace(self.rest.opened, model=model)
+        coupling = couple(model, _shapes(opened, samples), recipe)
+        return replace(self.rest, opened=opened, coupling=coupling)
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """What goes, and what was weighed for it."""
 
-    left_out: _LeftOut
+    structure: _Structure
     decision: _Decision
     divisions: tuple[Division, ...] = ()
 
@@ -400,105 +450,193 @@ def _choose(
     plan: Plan | None,
     clock: _Clock,
 ) -> _Choice:
-    """Which regions go, and which units of what is left; or what a plan says of both."""
-    if plan is None and "layer" in recipe.granularity:
-        return _choose_regions(analysed, recipe, samples, clock)
-    left_out = _LeftOut(analysed)
+    """Which regions go, what is split, and which units of the rest go; or what a plan says."""
+    if plan is None and {"layer", "rank"} & set(recipe.granularity):
+        return _choose_structure(analysed, recipe, samples, clock)
+    structure = _Structure(analysed)
     if plan is not None and plan.removed:
         offer = _offer(analysed, recipe)
         regions = replay.regions_removed(plan, offer, analysed.opened.sha256)
         going = [removal.Removal(region) for region in regions]
-        left_out = _leave_out(analysed, offer, going, samples, recipe)
-    return _Choice(left_out, _decide(left_out.rest, recipe, samples, plan, clock))
+        structure = structure.without(offer, going, samples, recipe)
+    if plan is not None and plan.factored:
+        offered = _candidates(structure.rest, recipe, samples)
+        chosen = replay.products_factored(plan, offered, analysed.opened.sha256)
+        structure = structure.split(offered, chosen, samples, recipe)
+    return _Choice(structure, _decide(structure.rest, recipe, samples, plan, clock))
 
 
-def _choose_regions(
+def _choose_structure(
     analysed: _Analysed, recipe: Recipe, samples: Samples | None, clock: _Clock
 ) -> _Choice:
-    if samples is None:
+    layers = "layer" in recipe.granularity
+    if samples is None and (layers or recipe.units):
         raise refuse(
             Code.INVALID_CALIBRATION,
-            "granularity=layer needs calibration data: weights do not say what a layer does",
+            "granularity=layer needs calibration data: weights do not say what a layer does"
+            if layers
+            else "granularity=rank beside units needs calibration data, to weigh one against the "
+            "other",
             expected="--calibration PATH",
             found="none",
             hint="Give a few hundred unlabelled samples.",
         )
-    offer = _offer(analysed, recipe)
-    observed = Observed(analysed.opened.model, analysed.coupling, samples.seen, recipe.seed)
+    structure = _Structure(analysed)
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
         if recipe.units:
-            path = removal.path(observed, offer, recipe.target, lambda share: tell(share / 4))
-            divide = _Divide(analysed, offer, observed, samples, recipe)
-            return divide.run(path, lambda share: tell((1 + 3 * share) / 4))
-        going = removal.choose(observed, offer, recipe.target, tell)
-        left_out = _leave_out(analysed, offer, going, samples, recipe)
-    return _Choice(left_out, _decide(left_out.rest, recipe, samples, None, clock))
+            assert samples is not None
+            return _Divide(structure, samples, recipe, tell).run()
+        if layers:
+            assert samples is not None
+            offer, observed = _offer(analysed, recipe), _observed(analysed, samples, recipe)
+            going = removal.choose(observed, offer, recipe.target, tell)
+            structure = structure.without(offer, going, samples, recipe)
+        else:
+            offered = _candidates(analysed, recipe, samples)
+            seen = None if samples is None else _observed(analysed, samples, recipe)
+            path = ranks.path(
+                analysed.opened.model,
+                analysed.coupling,
+                offered,
+                ranks.goals(analysed.coupling, offered, recipe, analysed.costs),
+                recipe,
+                seen,
+                tell,
+            )
+            structure = structure.split(offered, path[-1], samples, recipe)
+    return _Choice(structure, _decide(structure.rest, recipe, samples, None, clock))
 
 
-@dataclass(slots=True)
+def _observed(analysed: _Analysed, samples: Samples, recipe: Recipe) -> Observed:
+    return Observed(analysed.opened.model, analysed.coupling, samples.seen, recipe.seed)
+
+
+def _candidates(
+    analysed: _Analysed, recipe: Recipe, samples: Samples | None
+) -> list[ranks.Candidate]:
+    """Products that may be split."""
+    learnt = () if samples is None else _observed(analysed, samples, recipe).learnt
+    return ranks.candidates(
+        analysed.opened.model,
+        analysed.coupling,
+        analysed.copies,
+        recipe.ignore,
+        learnt,
+        recipe.seed,
+    )
+
+
 class _Divide:
-    """Carries divisions of a budget between regions and units out, to see which drifts least."""
+    """Divides a budget between regions, ranks and units: what drifts least when carried out.
 
-    analysed: _Analysed
-    offer: Offer
-    observed: Observed
-    samples: Samples
-    recipe: Recipe
-    refused: Refused | None = None
-    regions: int = 0  # that went where it was refused
-    best: tuple[float, _Choice] | None = None
+    First the regions, units making up the rest; then, of what they leave, the ranks.
+    """
 
-    def run(
-        self, path: Sequence[tuple[removal.Removal, ...]], tell: Callable[[float], None]
-    ) -> _Choice:
+    def __init__(
+        self,
+        structure: _Structure,
+        samples: Samples,
+        recipe: Recipe,
+        tell: Callable[[float], None],
+    ) -> None:
+        self._original, self._samples, self._recipe = structure, samples, recipe
+        self._observed = _observed(structure.rest, samples, recipe)
+        self._answers = Answers(self._observed, _DIVISION_SAMPLES)
+        self._tell = tell
+        self._refused: Refused | None = None
+        self._tried: list[tuple[_Structure, float]] = []
+        self._best: tuple[float, _Choice] | None = None
+
+    def run(self) -> _Choice:
         """The choice that drifts least.
 
-        Args:
-            path: see `removal.path`.
-            tell: told the share that is done.
-
         Raises:
-            Refused: the targets are out of reach however many regions go.
+            Refused: the targets are out of reach for every division.
         """
-        answers = Answers(self.observed, _DIVISION_SAMPLES)
-        found = division.search(
-            len(path) - 1, lambda place: self._drift(path[place], answers), tell
-        )
-        if self.best is None:
-            assert self.refused is not None
-            raise self.refused
-        chosen = division.best(found)
+        structure, kinds = self._original, self._recipe.granularity
+        if "layer" in kinds:
+            structure = self._regions(structure)
+        if "rank" in kinds:
+            self._ranks(structure)
+        if self._best is None:
+            assert self._refused is not None
+            raise self._refused
+        best = self._best[1]
+        self._tried.sort(key=lambda tried: (len(tried[0].removed), len(tried[0].factored)))
         divisions = tuple(
             Division(
-                regions=len(path[place]),
+                regions=len(structure.removed),
+                factored=len(structure.factored),
                 drift=drift if math.isfinite(drift) else None,
-                chosen=place == chosen,
+                chosen=structure is best.structure,
             )
-            for place, drift in sorted(found.items())
+            for structure, drift in self._tried
         )
-        return replace(self.best[1], divisions=divisions)
+        return replace(best, divisions=divisions)
 
-    def _drift(self, going: Sequence[removal.Removal], answers: Answers) -> float:
+    def _regions(self, structure: _Structure) -> _Structure:
+        """Tries numbers of regions; returns what is best, or nearest to the targets."""
+        offer = _offer(structure.rest, self._recipe)
+        path = removal.path(
+            self._observed, offer, self._recipe.target, lambda share: self._tell(share / 4)
+        )
+
+        def drift(place: int) -> float:
+            return self._drift(structure.without(offer, path[place], self._samples, self._recipe))
+
+        found = division.search(len(path) - 1, drift, lambda share: self._tell(0.25 + share / 4))
+        going = path[division.best(found) if self._best else -1]
+        return structure.without(offer, going, self._samples, self._recipe)
+
+    def _ranks(self, structure: _Structure) -> None:
+        """Tries shares of the budget that go by rank."""
+        recipe, rest = self._recipe, structure.rest
+        offered = _candidates(rest, recipe, self._samples)
+        path = ranks.path(
+            rest.opened.model,
+            rest.coupling,
+            offered,
+            ranks.missing(rest.coupling, recipe, rest.costs),
+            recipe,
+            _observed(rest, self._samples, recipe),
+            lambda share: self._tell(0.5 + share / 4),
+        )
+
+        def drift(place: int) -> float:
+            if (
+                not path[place]
+                and self._best
+                and structure.removed == self._best[1].structure.removed
+            ):
+                return self._best[0]  # tried among the regions
+            return self._drift(structure.split(offered, path[place], self._samples, recipe))
+
+        division.search(len(path) - 1, drift, lambda share: self._tell(0.75 + share / 4))
+
+    def _drift(self, structure: _Structure) -> float:
         """Of the outputs on batches that no fit has seen; infinite where targets are not met."""
-        recipe, model = self.recipe, self.analysed.opened.model
-        left_out = _leave_out(self.analysed, self.offer, going, self.samples, recipe)
-        rest = left_out.rest
+        recipe, rest = self._recipe, structure.rest
+        drift = math.inf
         try:
-            decision = _decide(rest, recipe, self.samples, None, _Clock(None))
+            decision = _decide(rest, recipe, self._samples, None, _Clock(None))
         except Refused as refused:
             if refused.refusal.code not in (Code.UNREACHABLE_TARGET, Code.NOTHING_TO_PRUNE):
                 raise
-            if len(going) >= self.regions:  # with more gone, targets are nearer
-                self.refused, self.regions = refused, len(going)
-            return math.inf
-        pruned, _ = cut(rest.opened.model, rest.coupling, decision.keep, rest.copies)
-        if recipe.repair:
-            learnt = Observed(model, rest.coupling, self.observed.learnt, recipe.seed)
-            repair(pruned, learnt, decision.keep, recipe.seed)
-        drift = answers.drift(Network(pruned, answers.batches).piece(answers.outputs))
-        if self.best is None or drift < self.best[0]:
-            self.best = drift, _Choice(left_out, decision)
+            most = max((len(tried.removed) for tried, _ in self._tried), default=0)
+            if len(structure.removed) >= most:  # with more gone, targets are nearer
+                self._refused = refused
+        else:
+            pruned, _ = cut(rest.opened.model, rest.coupling, decision.keep, rest.copies)
+            if recipe.repair:
+                model, learnt = self._original.rest.opened.model, self._observed.learnt
+                seen = Observed(model, rest.coupling, learnt, recipe.seed)
+                repair(pruned, seen, decision.keep, recipe.seed)
+            network = Network(pruned, self._answers.batches)
+            drift = self._answers.drift(network.piece(self._answers.outputs))
+            if self._best is None or drift < self._best[0]:
+                self._best = drift, _Choice(structure, decision)
+        self._tried.append((structure, drift))
         return drift
 
 
@@ -517,7 +655,8 @@ def _decide(
     if not recipe.target:  # single weights alone
         return _Decision(np.ones(coupling.count + 1, np.bool_), None)
     keep = np.ones(coupling.count + 1, np.bool_)
-    if "layer" in recipe.granularity and (not recipe.units or _met(analysed, recipe)):
+    structural = {"layer", "rank"} & set(recipe.granularity)
+    if structural and (not recipe.units or _met(analysed, recipe)):
         return _Decision(keep, observed)
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
@@ -840,6 +979,17 @@ def _region(offer: Offer, one: found.Region, refused: str = "") -> Region:
         macs=round(saved["macs"]),
         params=round(saved["params"]),
         refused=refused,
+    )
+
+
+def _factored(one: ranks.Candidate, rank: int) -> Factored:
+    outputs, inputs = one.weight.shape
+    return Factored(
+        node=node_label(one.view.node),
+        inputs=inputs,
+        outputs=outputs,
+        rank=rank,
+        error=float(one.losses[rank]),
     )
 
 

@@ -50,6 +50,7 @@ class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRANULARITY_HEAD_DIM: _ClassVar[Granularity]
     GRANULARITY_WEIGHT: _ClassVar[Granularity]
     GRANULARITY_LAYER: _ClassVar[Granularity]
+    GRANULARITY_RANK: _ClassVar[Granularity]
 
 class WeightCriterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -110,6 +111,7 @@ GRANULARITY_HEAD: Granularity
 GRANULARITY_HEAD_DIM: Granularity
 GRANULARITY_WEIGHT: Granularity
 GRANULARITY_LAYER: Granularity
+GRANULARITY_RANK: Granularity
 WEIGHT_CRITERION_UNSPECIFIED: WeightCriterion
 WEIGHT_CRITERION_MAGNITUDE: WeightCriterion
 WEIGHT_CRITERION_WANDA: WeightCriterion

@@ -133,7 +133,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions", "factored")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class Report(_message.Message):
     REMOVED_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
     DIVISIONS_FIELD_NUMBER: _ClassVar[int]
+    FACTORED_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -169,7 +170,22 @@ class Report(_message.Message):
     removed: _containers.RepeatedCompositeFieldContainer[Removal]
     accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
     divisions: _containers.RepeatedCompositeFieldContainer[Division]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ...) -> None: ...
+    factored: _containers.RepeatedCompositeFieldContainer[Factored]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ..., factored: _Optional[_Iterable[_Union[Factored, _Mapping]]] = ...) -> None: ...
+
+class Factored(_message.Message):
+    __slots__ = ("node", "inputs", "outputs", "rank", "error")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    inputs: int
+    outputs: int
+    rank: int
+    error: float
+    def __init__(self, node: _Optional[str] = ..., inputs: _Optional[int] = ..., outputs: _Optional[int] = ..., rank: _Optional[int] = ..., error: _Optional[float] = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("output", "labels", "top1_before", "top1_after", "top5_before", "top5_after", "from_calibration", "held_back")
@@ -192,14 +208,16 @@ class Accuracy(_message.Message):
     def __init__(self, output: _Optional[str] = ..., labels: _Optional[int] = ..., top1_before: _Optional[float] = ..., top1_after: _Optional[float] = ..., top5_before: _Optional[float] = ..., top5_after: _Optional[float] = ..., from_calibration: _Optional[bool] = ..., held_back: _Optional[bool] = ...) -> None: ...
 
 class Division(_message.Message):
-    __slots__ = ("regions", "drift", "chosen")
+    __slots__ = ("regions", "drift", "chosen", "factored")
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
+    FACTORED_FIELD_NUMBER: _ClassVar[int]
     regions: int
     drift: float
     chosen: bool
-    def __init__(self, regions: _Optional[int] = ..., drift: _Optional[float] = ..., chosen: _Optional[bool] = ...) -> None: ...
+    factored: int
+    def __init__(self, regions: _Optional[int] = ..., drift: _Optional[float] = ..., chosen: _Optional[bool] = ..., factored: _Optional[int] = ...) -> None: ...
 
 class Removal(_message.Message):
     __slots__ = ("region", "influence", "drift")

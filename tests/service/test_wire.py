@@ -57,7 +57,11 @@ REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, ref
 WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
 STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
 REMOVAL = report.Removal(region=REGION, influence=0.25, drift=0.0)
-DIVISIONS = (report.Division(regions=0), report.Division(regions=2, drift=0.0, chosen=True))
+DIVISIONS = (
+    report.Division(regions=0),
+    report.Division(regions=2, factored=1, drift=0.0, chosen=True),
+)
+FACTORED = report.Factored(node="n", inputs=8, outputs=4, rank=2, error=0.0)
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
@@ -76,6 +80,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (REMOVAL, report_pb2.Removal),
     (DIVISIONS[0], report_pb2.Division),
     (DIVISIONS[1], report_pb2.Division),
+    (FACTORED, report_pb2.Factored),
     (STEP, report_pb2.RepairStep),
     (WEIGHT, report_pb2.SparseWeight),
     (STAGE_DRIFT, report_pb2.StageDrift),
@@ -96,6 +101,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             groups=(GROUP, GROUP),
             frozen=(),
             removed=(REMOVAL,),
+            factored=(FACTORED,),
             divisions=DIVISIONS,
             sensitivity=(SENSITIVITY,),
             repair=(STEP, STEP),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur.errors import Code, refuse
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.planning.ranks import Candidate
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.regions.find import Region
 from secateur.plan import Plan
@@ -93,6 +94,34 @@ def regions_removed(plan: Plan, offer: Offer, sha256: str) -> tuple[Region, ...]
             )
         found.append(one)
     return tuple(found)
+
+
+def products_factored(plan: Plan, offered: Sequence[Candidate], sha256: str) -> dict[str, int]:
+    """Ranks of the products that are split under a plan, by the name of their output.
+
+    Args:
+        plan: to replay.
+        offered: products of the model that may be split, the regions that go left out.
+        sha256: of that model.
+
+    Raises:
+        Refused: `INVALID_PLAN` when the plan is for another model, or splits what is no product
+            of it, or saves nothing by it.
+    """
+    _check_source(plan, sha256)
+    most = {one.name: one.most for one in offered}
+    for entry in plan.factored:
+        if not 0 < entry.rank <= most.get(entry.output, 0):
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"product {entry.output!r} cannot be split like this",
+                nodes=(entry.output,),
+                expected=f"a rank of at most {most[entry.output]}"
+                if entry.output in most
+                else "a MatMul, Gemm or 1x1 Conv whose weight no other node reads",
+                found=f"rank {entry.rank}",
+            )
+    return {entry.output: entry.rank for entry in plan.factored}
 
 
 def _check_source(plan: Plan, sha256: str) -> None:
