@@ -180,15 +180,24 @@ def _divisions(report: Report) -> list[str]:
 
 
 def _repair(report: Report) -> list[str]:
-    """Every refit, with the error it began with and the one it left."""
+    """Every fit, with the error it began with and the one it left."""
     if not report.repair:
         return []
     rows = (
-        (f"<code>{html.escape(s.node)}</code>", f"{s.error_before:.2e}", f"{s.error_after:.2e}")
+        (
+            f"<code>{html.escape(s.node)}</code>",
+            html.escape(s.method),
+            f"{s.error_before:.2e}",
+            f"{s.error_after:.2e}",
+        )
         for s in report.repair
     )
     said = "<p>Relative error of each node's output on batches that its fit did not see.</p>"
-    return ["<h2>Repair</h2>", said, _table(("Node", "Before", "After"), rows, numbers=(1, 2))]
+    return [
+        "<h2>Repair</h2>",
+        said,
+        _table(("Node", "Fitted", "Before", "After"), rows, numbers=(2, 3)),
+    ]
 
 
 def _groups(report: Report) -> str:

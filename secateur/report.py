@@ -248,17 +248,20 @@ class Division(_Value):
 
 
 class RepairStep(_Value):
-    """One refit.
+    """One fit.
 
     Attributes:
-        node: whose weight and bias were refitted, or kept where no fit helped.
+        node: whose numbers were fitted, or kept where no fit helped.
         error_before, error_after: E‖y − ŷ‖² / Var(y) of the node's output on calibration batches
             that its fit did not see.
+        method: what was fitted: weight and bias (`refit`); where that does not apply, scale and
+            shift per channel (`scale_shift`), or one of them (`scale`, `shift`).
     """
 
     node: str
     error_before: float
     error_after: float
+    method: str = "refit"
 
 
 class Sensitivity(_Value):
@@ -333,7 +336,7 @@ class Report(_Value):
         divisions: of the budget between regions, ranks and units, by how many regions and
             products; empty unless units and one of the others might go.
         sensitivity: of each group that was tried, where the scope was measured.
-        repair: every refit, in graph order; empty without repair.
+        repair: every fit, in graph order; empty without repair.
         sparse_weights: what became of each weight matrix; empty unless single weights went.
         stage_drift: drift as it grew, stage by stage; empty without quantisation.
         verification: what ONNX Runtime said.

@@ -254,14 +254,16 @@ class StageDrift(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ...) -> None: ...
 
 class RepairStep(_message.Message):
-    __slots__ = ("node", "error_before", "error_after")
+    __slots__ = ("node", "error_before", "error_after", "method")
     NODE_FIELD_NUMBER: _ClassVar[int]
     ERROR_BEFORE_FIELD_NUMBER: _ClassVar[int]
     ERROR_AFTER_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
     node: str
     error_before: float
     error_after: float
-    def __init__(self, node: _Optional[str] = ..., error_before: _Optional[float] = ..., error_after: _Optional[float] = ...) -> None: ...
+    method: str
+    def __init__(self, node: _Optional[str] = ..., error_before: _Optional[float] = ..., error_after: _Optional[float] = ..., method: _Optional[str] = ...) -> None: ...
 
 class Sensitivity(_message.Message):
     __slots__ = ("group", "removed", "drift")

@@ -62,7 +62,7 @@ DIVISIONS = (
     report.Division(regions=2, factored=1, drift=0.0, chosen=True),
 )
 FACTORED = report.Factored(node="n", inputs=8, outputs=4, rank=2, error=0.0)
-STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0)
+STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0, method="shift")
 
 VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (report.Progress(stage=report.Stage.LOAD, fraction=0.0), report_pb2.Progress),

@@ -37,7 +37,12 @@ def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
             continue
         target = Target.of(view, places)
         stay = keep[line[original.channels(line.size)]]  # (groups, k)
-        if target is None or view.groups != original.groups or np.ptp(stay.sum(axis=1)):
+        if (
+            target is None
+            or target.shared
+            or view.groups != original.groups
+            or np.ptp(stay.sum(axis=1))
+        ):
             continue  # whole groups went: what is left reads what it read
         weight, shift = _refitted(observed, name, stay)
         outputs = observed.coupling.axes(name).get(original.y_axis)
@@ -45,8 +50,10 @@ def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
             rows = keep[outputs].reshape(view.groups, -1)
             weight = np.stack([w[r] for w, r in zip(weight, rows, strict=True)])
             shift = np.stack([s[r] for s, r in zip(shift, rows, strict=True)])
-        old = target.numbers(view.groups)
-        target.write(pruned.graph, weight, shift if old is None else old + shift)
+        old = target.end.numbers()
+        target.write(
+            pruned.graph, weight, shift if old is None else old.reshape(shift.shape) + shift
+        )
 
 
 def _refitted(observed: Observed, name: str, stay: Mask) -> tuple[Matrix, Matrix]:

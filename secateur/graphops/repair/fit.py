@@ -145,7 +145,7 @@ class Fitted:
     Attributes:
         weight, bias: (groups, out, k) and (groups, out).
         before, after: relative error on held-back batches, E‖y − ŷ‖² / Var(y).
-        damping: λ, None where the old weights were best.
+        damping: λ, infinite where only b was fitted; None where the old weights were best.
     """
 
     weight: Matrix
@@ -171,3 +171,12 @@ def choose(seen: Sums, held: Sums, weight: Matrix, bias: Matrix, *, biased: bool
     weight = together.fit(weight, damping, biased=biased)
     bias = together.bias(weight) if biased else bias
     return Fitted(weight, bias, before * scale, best * scale, damping)
+
+
+def shift(seen: Sums, held: Sums, weight: Matrix, bias: Matrix) -> Fitted:
+    """The best b alone, for a W that stays, as `choose` would have it."""
+    scale = 1 / max(held.variance(), 1e-30)
+    before, after = held.error(weight, bias), held.error(weight, seen.bias(weight))
+    if not after < before:
+        return Fitted(weight, bias, before * scale, before * scale, None)
+    return Fitted(weight, (seen + held).bias(weight), before * scale, after * scale, np.inf)

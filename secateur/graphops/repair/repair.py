@@ -8,20 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.graphops import rules
 from secateur.graphops.calibration.data import Array
-from secateur.graphops.calibration.moments import (
-    WIDEST,
-    linear_maps,
-    sample_places,
-    weight_of,
-    width,
-)
+from secateur.graphops.calibration.moments import WIDEST, linear_maps, sample_places, width
 from secateur.graphops.calibration.network import Network, Piece
 from secateur.graphops.calibration.observed import HELD_BACK, Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
-from secateur.graphops.repair.fit import Fitted, Sums, choose
-from secateur.graphops.repair.target import Target
+from secateur.graphops.model.shapes import Shapes
+from secateur.graphops.repair.fit import Fitted, Sums
+from secateur.graphops.repair.target import Correction, Repairable, Target
 from secateur.graphops.rules.linear import pick_rows
 from secateur.report import RepairStep
 
@@ -39,7 +35,7 @@ def repair(
     """Refits W and b of every matrix product so that the pruned model gives the original's values.
 
     Each is fitted on what the part before it, already repaired, feeds it, towards what the
-    original puts out there.
+    original puts out there. Where a refit does not apply, scale and shift are corrected.
 
     Args:
         pruned: cut from the model that was observed; its weights are changed.
@@ -48,79 +44,108 @@ def repair(
         seed: of the positions that are sampled.
         tell: told the share that is done.
     """
-    original, coupling = observed.model, observed.coupling
-    before, after = Network(original, observed.batches), Network(pruned, observed.batches)
-    nodes = {str(node.outputs[0].name): node for node in original.graph}
-    places = {node: place for place, node in enumerate(pruned.graph)}
-    views = [
-        view
-        for view in linear_maps(pruned, coupling.shapes)
-        if str(view.node.outputs[0].name) in nodes and width(view) <= WIDEST
-    ]
-    steps = []
-    for place, view in enumerate(views):
-        target = Target.of(view, places)
-        if target is None:
+    before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
+    nodes = {str(node.outputs[0].name): node for node in observed.model.graph}
+    found = [one for one in repairable(pruned, observed.coupling.shapes) if _y(one) in nodes]
+    steps, refitted = [], set[str]()
+    for place, target in enumerate(found):
+        if _follows(target.node, refitted):
             continue
-        before.advance(nodes[str(view.node.outputs[0].name)])
-        after.advance(view.node)
-        fitted = _Fit(target, before, after, coupling, keep, seed + place).run()
+        before.advance(nodes[_y(target)])
+        after.advance(target.node)
+        fitted = _Fit(target, before, after, observed.coupling, keep, seed + place).run()
         if fitted is not None:
             steps.append(
                 RepairStep(
-                    node=node_label(view.node), error_before=fitted.before, error_after=fitted.after
+                    node=node_label(target.node),
+                    error_before=fitted.before,
+                    error_after=fitted.after,
+                    method=target.method,
                 )
             )
             if fitted.damping is not None:
                 target.write(pruned.graph, fitted.weight, fitted.bias)
-        tell((place + 1) / len(views))
+                if isinstance(target, Target):
+                    refitted.add(target.end.observed)
+        tell((place + 1) / len(found))
     return tuple(steps)
 
 
 def make_room(pruned: ir.Model, coupling: Coupling) -> None:
-    """Gives nodes the biases that `repair` may give them, all zeros: its file is no larger.
+    """Gives nodes the tensors that `repair` may give them, of no effect: its file is no larger.
 
     Args:
         pruned: is changed.
         coupling: of the model it was cut from.
     """
-    places = {node: place for place, node in enumerate(pruned.graph)}
-    for view in list(linear_maps(pruned, coupling.shapes)):
-        target = Target.of(view, places) if width(view) <= WIDEST else None
-        if target is None or not target.biased:
+    for target in repairable(pruned, coupling.shapes):
+        if target.grows:
+            target.write(pruned.graph, *target.start())
+
+
+def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
+    """What can be set, in the order of the graph.
+
+    Args:
+        model: the pruned one.
+        shapes: of the original, whose ranks are the same.
+    """
+    places = {node: place for place, node in enumerate(model.graph)}
+    views = {view.node: view for view in linear_maps(model, shapes)}
+    opsets = dict(model.opset_imports)
+    found: list[Repairable | None] = []
+    for node in places:
+        if node in views:
+            target = Target.of(views[node], places)
+            fits = target is not None and not target.shared and width(views[node]) <= WIDEST
+            corrected = None if fits or target is None else Correction.of_product(target)
+            found.append(target if fits else corrected)
             continue
-        if target.bias is None or len(target.bias.uses()) > 1:
-            weight = weight_of(view)
-            target.write(pruned.graph, weight, np.zeros(weight.shape[:2]))
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        shape = shapes.of(str(node.outputs[0].name)) if node.outputs else None
+        if rule is not None and rule.affine is not None and shape:
+            found.append(Correction.of_normalisation(node, rule, len(shape), places))
+    return [one for one in found if one is not None]
+
+
+def _y(target: Repairable) -> str:
+    return str(target.node.outputs[0].name)
+
+
+def _follows(node: ir.Node, refitted: set[str]) -> bool:
+    """Whether a node scales and shifts what a refit has put out, which has left it nothing to do.
+
+    Least squares leaves an error that does not run together with what was fitted. Of the nodes
+    that normalise, BatchNormalization alone has statistics that are constants.
+    """
+    x = node.inputs[0]
+    return node.op_type == "BatchNormalization" and x is not None and str(x.name) in refitted
 
 
 class _Fit:
-    """The refit of one node."""
+    """The fit of one node."""
 
     def __init__(
         self,
-        target: Target,
+        target: Repairable,
         before: Network,
         after: Network,
         coupling: Coupling,
         keep: Mask,
         seed: int,
     ) -> None:
-        node = target.view.node
-        self._target = target
-        self._x, self._y = str(getattr(node.inputs[0], "name", "")), str(node.outputs[0].name)
-        self._wanted: Piece = before.piece([target.observed])
-        self._found: Piece = after.piece([self._x, self._y, *target.rest])
+        self._target, self._y = target, _y(target)
+        self._wanted: Piece = before.piece([target.end.observed])
+        self._found: Piece = after.piece([target.x, self._y, *target.end.rest])
         self._coupling, self._keep = coupling, keep
         self._generator = np.random.default_rng(seed)
         self._batches = after.batches
 
     def run(self) -> Fitted | None:
         """None where the node's input and the rest are what they were, or other shapes meet."""
-        weight = weight_of(self._target.view)
+        weight, start = self._target.start()
         groups, out, entries = weight.shape
-        bias = self._target.numbers(groups)
-        start = np.zeros((groups, out)) if bias is None else bias
         seen, held = (Sums.zeros(groups, entries, out) for _ in range(2))
         for batch in range(self._batches):
             rows = self._rows(batch, weight.shape)
@@ -133,30 +158,30 @@ class _Fit:
                 return None
         if not seen.count:
             return None  # one batch: nothing to judge a fit by
-        return choose(seen, held, weight, start, biased=self._target.biased)
+        return self._target.fit(seen, held)
 
     def _rows(
         self, batch: int, shape: tuple[int, ...]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
         """x and the y it should give, (groups, places, k) and (groups, places, out / groups)."""
-        view, (groups, out, entries) = self._target.view, shape
+        target, (groups, out, entries) = self._target, shape
         values = self._found.run(batch)
-        goal = self._kept(self._wanted.run(batch)[self._target.observed])
+        goal = self._kept(self._wanted.run(batch)[target.end.observed])
         y_shape = values[self._y].shape
-        rest = [values[name] for name in self._target.rest]
+        rest = [values[name] for name in target.end.rest]
         if any(array.shape != y_shape for array in (goal, *rest)):
             return None
-        positions = goal.size // y_shape[view.y_axis]
+        positions = goal.size // y_shape[target.y_axis]
         places = sample_places(positions, self._batches, entries, self._generator)
-        aim = pick_rows(goal, view.y_axis, places).astype(np.float32)
+        aim = pick_rows(goal, target.y_axis, places).astype(np.float32)
         for array in rest:
-            aim -= pick_rows(array, view.y_axis, places)
-        x = view.rows(values[self._x], y_shape, places).astype(np.float32, copy=False)
+            aim -= pick_rows(array, target.y_axis, places)
+        x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
         return x, aim.reshape(len(places), groups, out).transpose(1, 0, 2)
 
     def _kept(self, array: Array) -> Array:
         """The original's tensor without the positions that went."""
-        for axis, units in self._coupling.axes(self._target.observed).items():
+        for axis, units in self._coupling.axes(self._target.end.observed).items():
             mask = self._keep[units]
             if not mask.all() and mask.size == array.shape[axis]:
                 array = np.compress(mask, array, axis=axis)

@@ -138,15 +138,21 @@ register(
     "BatchNormalization",
     "normalisation",
     couple_per_channel,
+    affine=1,
     roles={1: "scale", 2: "bias", 3: "mean", 4: "variance"},
 )
 register(
-    "InstanceNormalization", "normalisation", couple_per_channel, roles={1: "scale", 2: "bias"}
+    "InstanceNormalization",
+    "normalisation",
+    couple_per_channel,
+    affine=1,
+    roles={1: "scale", 2: "bias"},
 )
 register(
     "LayerNormalization RMSNormalization SimplifiedLayerNormalization",
     "normalisation",
     couple_across,
+    affine=-1,
     roles={1: "scale", 2: "bias"},
 )
 register(
@@ -154,6 +160,7 @@ register(
     "normalisation",
     couple_group,
     rewrite=rewrite_group,
+    affine=1,
     roles={1: "scale", 2: "bias"},
 )
 register("MeanVarianceNormalization", "normalisation", couple_mean_variance)

@@ -3,8 +3,8 @@
 Everything the engine knows about an operator is one `register` call in one file of this folder:
 how labels pass through (`couple`), how the node is rewritten when labels go (`rewrite`, only
 where slicing its constants is not enough), what it costs (`macs`), and whether it is a matrix
-product that can be refitted (`linear`). An operator without a
-rule is not guessed at: whatever reaches it is frozen and the report says so.
+product that can be refitted (`linear`) or ends in a scale and a shift (`affine`). An operator
+without a rule is not guessed at: whatever reaches it is frozen and the report says so.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Rule:
         macs: multiply-accumulates, a sum of products of the sizes of axes.
         linear: sees the node as a matrix product over positions, from which criteria take moments
             and which repair fits; None where it is not one.
+        affine: the axis of the output along which the parameters with the roles `scale` and `bias`
+            run, one of each per channel, applied last; None where the node does not end so.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
@@ -49,6 +51,7 @@ class Rule:
     rewrite: Rewrite | None
     macs: Macs | None
     linear: Linear | None
+    affine: int | None
     roles: dict[int, str]
     reads: tuple[int, ...] | None
     domain: str
@@ -70,6 +73,7 @@ def register(
     rewrite: Rewrite | None = None,
     macs: Macs | None = None,
     linear: Linear | None = None,
+    affine: int | None = None,
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
     domain: str = "",
@@ -96,6 +100,7 @@ def register(
                 rewrite,
                 macs,
                 linear,
+                affine,
                 roles or {},
                 reads,
                 domain,
