@@ -156,7 +156,8 @@ class _Search:
         """Takes back steps, last first, as long as all goals still hold; edits `gone`."""
         if not goals:
             return
-        while True:
+        keep, changed = self.keep(gone), True
+        while changed:
             changed = False
             last: dict[int, int] = {}
             for place in np.flatnonzero(gone).tolist():
@@ -164,14 +165,11 @@ class _Search:
             for place in sorted(last.values(), reverse=True):
                 if fixed[place]:
                     continue
-                gone[place] = False
-                keep = self.keep(gone)
-                if all(measure(keep) <= limit for measure, limit in goals):
-                    changed = True
-                else:
-                    gone[place] = True
-            if not changed:
-                return
+                units = self._steps[place].units
+                keep[units] = True  # steps share no unit
+                back = all(measure(keep) <= limit for measure, limit in goals)
+                keep[units], gone[place] = back, not back
+                changed |= back
 
 
 def unreachable(target: str, fraction: float, closest: float) -> Refused:
