@@ -20,8 +20,6 @@ from secateur.report import Latency
 
 Opener = Callable[[], ort.InferenceSession]
 
-_ROUNDS = 2  # of opening each session, where they are not open together
-
 
 def alternate(
     openers: Sequence[Opener],
@@ -38,16 +36,16 @@ def alternate(
         feeds: for each of them.
         seconds: to spend on runs altogether; at least three of each are timed.
         together: hold all sessions at once and change after every run; else one session at a
-            time, in rounds, which needs the memory of one.
+            time, which needs the memory of one: the last, those before it, then it again.
         runs: of each model at most.
     """
     times: list[list[float]] = [[] for _ in openers]
     if together:
         _time([opener() for opener in openers], times, feeds, seconds, runs)
     else:
-        for _ in range(_ROUNDS):
-            for opener, taken in zip(openers, times, strict=True):
-                _time([opener()], [taken], feeds, seconds / (_ROUNDS * len(openers)), runs)
+        turns = [*zip(openers, times, strict=True)]
+        for opener, taken in (turns[-1], *turns):
+            _time([opener()], [taken], feeds, seconds / (1 + len(turns)), runs)
     return [
         Latency(
             p50_ms=round(float(np.percentile(taken, 50)), 4),
