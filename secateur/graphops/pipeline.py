@@ -30,6 +30,7 @@ from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.criteria import CRITERIA, Context
+from secateur.graphops.model.aside import LARGE, model_beside
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, OpenedModel, node_label, open_model
 from secateur.graphops.model.shapes import Shapes, infer_shapes
@@ -84,7 +85,7 @@ from secateur.report import (
     StageDrift,
     Verification,
 )
-from secateur.result import Result
+from secateur.result import Result, WeightsFile
 
 # Share of the whole job that is done when a stage begins; latency and verification take most.
 _BEGINS = {
@@ -101,9 +102,6 @@ _BEGINS = {
 }
 _LATENCY_SECONDS = 0.4
 _DIVISION_SAMPLES = 128  # that a division of the budget is judged on
-# Sessions of larger models are opened one at a time: ONNX Runtime takes up to three times a
-# model's size for its weights in their blocked layouts.
-_TOGETHER = 32 << 20
 _Opener = Callable[[ModelSource], OpenedModel]
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
@@ -238,6 +236,7 @@ class _Done:
     """A cut, without the models it came from: their weights go before ONNX Runtime's come."""
 
     source: bytes | str
+    aside: WeightsFile | None  # the source refers to it
     serialised: Serialised
     unquantised: Serialised | None
     plan: Plan
@@ -319,8 +318,7 @@ def _cut(
             serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
     if plan is None:
         _check_size(serialised.size, opened.size, recipe)
-    feeds = _examples(analysed) if samples is None else samples.judged
-    source = _runnable(model, opened)
+    feeds, aside = _examples(analysed) if samples is None else samples.judged, opened.aside
     before = Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size)
     after = Cost(
         macs=cost.macs(rest.coupling).of(decision.keep),
@@ -328,12 +326,14 @@ def _cut(
         bytes=serialised.size,
     )
     if sparse_weights:
-        whole = source if isinstance(source, bytes) else pathlib.Path(source)
+        as_given = _runnable(model, opened)
+        whole = as_given if isinstance(as_given, bytes) else pathlib.Path(as_given)
         beside = () if serialised.weights is None else (serialised.weights.path,)
         before = _with_zeros(before, analysed.nonzero, whole)
         after = _with_zeros(after, cost.count_nonzero(pruned), serialised.model, *beside)
     return _Done(
-        source=source,
+        source=_runnable(model, opened) if aside is None else str(model_beside(aside)),
+        aside=aside,
         serialised=serialised,
         unquantised=unquantised,
         plan=Plan(
@@ -751,7 +751,7 @@ def _sensitivities(coupling: Coupling, curves: Mapping[int, Curve]) -> tuple[Sen
 def _collect(size: int) -> None:
     """Frees the weights of graphs that are no longer needed, where they are worth it: the nodes of
     a graph refer to one another, and would wait for a collection that comes too late."""
-    if size > _TOGETHER:
+    if size > LARGE:
         gc.collect()
 
 
@@ -781,7 +781,8 @@ def _latencies(done: _Done) -> list[Latency]:
         functools.partial(open_session, runnable)
         for runnable in (done.source, done.serialised.runnable)
     ]
-    together = done.before.bytes <= _TOGETHER
+    # ONNX Runtime takes up to three times a model's size for its weights in their blocked layouts
+    together = done.before.bytes <= LARGE
     return measure.alternate(openers, done.sample, seconds=_LATENCY_SECONDS, together=together)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from secateur.errors import Code, Refusal, Refused
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.verify.law import check_law
 from secateur.graphops.verify.runtime import open_session
+from secateur.result import WeightsFile
 
 
 def model() -> onnx.ModelProto:
@@ -52,6 +54,43 @@ def test_path_bytes_proto_and_ir_model_give_the_same_result(tmp_path: pathlib.Pa
     from_ir = prune(ir.from_proto(proto))
     assert from_ir.plan.kept == results[0].plan.kept
     assert from_ir.model == results[0].model
+
+
+def large() -> bytes:
+    """A model of 37 MB: large enough to have its weights put aside."""
+    net = Net()
+    x = net.op("Relu", net.op("MatMul", net.input("x", ["N", 16]), net.floats(16, 3000)))
+    y = net.op("Relu", net.op("MatMul", x, net.floats(3000, 3000)))
+    net.output(net.op("MatMul", y, net.floats(3000, 4)), shape=["N", 4])
+    return net.bytes()
+
+
+def test_weights_put_aside_change_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = large()
+    opened = open_model(source)
+    assert opened.aside is not None
+    for wanted in onnx.load_from_string(source).graph.initializer:
+        found = opened.model.graph.initializers[wanted.name].const_value
+        assert isinstance(found, ir.ExternalTensor) == (len(wanted.raw_data) >= 1 << 16)
+        np.testing.assert_array_equal(found.numpy(), onnx.numpy_helper.to_array(wanted))
+    del opened, found
+    result = prune(source)
+    assert check_law(source, result).difference < 1e-4
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("secateur.graphops.model.opening.LARGE", len(source))
+    assert open_model(source).aside is None
+    assert prune(source).model == result.model
+
+
+def test_a_large_model_opens_where_there_is_no_room_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = WeightsFile(pathlib.Path("/nonexistent/folder/weights"))
+    monkeypatch.setattr(WeightsFile, "new", lambda: nowhere)
+    opened = open_model(large())
+    assert opened.aside is None
+    assert all(value.const_value.numpy().size for value in opened.model.graph.initializers.values())
 
 
 def test_a_graphsurgeon_graph_is_a_source() -> None:

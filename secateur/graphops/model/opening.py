@@ -18,6 +18,8 @@ import onnx_ir.passes.common
 
 from secateur.errors import Code, refuse
 from secateur.graphops.model import checking
+from secateur.graphops.model.aside import LARGE, put_aside
+from secateur.result import WeightsFile
 
 # onnx_ir is told apart from the other model types by these; gs.Graph by its module, so that
 # onnx-graphsurgeon is never imported for the check.
@@ -35,13 +37,13 @@ class OpenedModel:
         model: with local functions inlined and sparse initializers made dense.
         sha256: hex digest of the serialised model as it was given.
         size: bytes of it, external data included.
-        folder: where external data is looked for; None for a model that came as a value.
+        aside: of a large model in one file: the file that now holds its weights.
     """
 
     model: ir.Model
     sha256: str
     size: int
-    folder: pathlib.Path | None
+    aside: WeightsFile | None
 
 
 def open_model(
@@ -77,13 +79,17 @@ def open_model(
     del serialised
     _check_versions(proto)
     _check_nodes(proto, max_nodes)
-    size += _check_external_data(proto, folder, external_data)
+    beside = _check_external_data(proto, folder, external_data)
     checking.check_parts(proto)
+    aside = None
+    if size > LARGE and not beside:
+        proto, aside = put_aside(proto)
+        folder = aside.path.parent if aside is not None else folder
     _densify(proto.graph)
     model = _deserialise(proto)
     if folder is not None:
         ir.external_data.set_base_dir(model.graph, str(folder))
-    return OpenedModel(model=model, sha256=digest, size=size, folder=folder)
+    return OpenedModel(model=model, sha256=digest, size=size + beside, aside=aside)
 
 
 def self_contained(model: ir.Model) -> ir.Model:

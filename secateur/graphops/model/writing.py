@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
-import tempfile
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from secateur.graphops.model.aside import model_beside
 from secateur.graphops.model.opening import self_contained
-from secateur.result import WEIGHTS_NAME, WeightsFile
+from secateur.result import WeightsFile
 
 # protobuf holds less than 2 GiB; nodes and shapes want some of it.
 INLINE_LIMIT = 2**31 - 2**24
-_NAME = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +33,7 @@ class Serialised:
         """What ONNX Runtime opens: the bytes, or the path beside which the weights lie."""
         if self.weights is None:
             return self.model
-        return str(self.weights.path.with_name(_NAME))
+        return str(model_beside(self.weights))
 
 
 def serialise(model: ir.Model) -> Serialised:
@@ -48,8 +46,8 @@ def serialise(model: ir.Model) -> Serialised:
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) < INLINE_LIMIT:
         content = ir.to_proto(self_contained(model)).SerializeToString(deterministic=True)
         return Serialised(content, None, len(content))
-    path = pathlib.Path(tempfile.mkdtemp(prefix="secateur-"), _NAME)
-    weights = WeightsFile(path.with_name(WEIGHTS_NAME))
+    weights = WeightsFile.new()
+    path = model_beside(weights)
     ir.save(model, path, external_data=weights.path.name)
     content = path.read_bytes()
     return Serialised(content, weights, len(content) + weights.path.stat().st_size)

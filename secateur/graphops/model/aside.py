@@ -1,0 +1,49 @@
+"""Puts the weights of a large model into a file, which this library and ONNX Runtime both map.
+
+Weights inside the protobuf are copied by whoever reads it, and by ONNX Runtime twice over.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import onnx
+from onnx.external_data_helper import set_external_data
+
+from secateur.result import WeightsFile
+
+LARGE = 32 << 20  # bytes of a model from which its memory is worth some care
+_LEAST = 1 << 16  # bytes of a tensor that is put aside: smaller ones may be sizes and axes
+_PAGE = 4096
+
+
+def model_beside(weights: WeightsFile) -> pathlib.Path:
+    """Where the model lies that refers to a file of weights."""
+    return weights.path.with_name("model.onnx")
+
+
+def put_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, WeightsFile | None]:
+    """Moves a model's large initializers into a file; the model goes to `model_beside` it.
+
+    Args:
+        proto: it is used up.
+
+    Returns:
+        the model that refers to the file, and the file; `proto` and None, where there is no room.
+    """
+    weights = WeightsFile.new()
+    moved = [tensor for tensor in proto.graph.initializer if len(tensor.raw_data) >= _LEAST]
+    offsets = []
+    try:
+        with weights.path.open("wb") as file:
+            for tensor in moved:
+                offsets.append(file.seek(-(-file.tell() // _PAGE) * _PAGE))
+                file.write(tensor.raw_data)
+    except OSError:
+        return proto, None
+    for tensor, offset in zip(moved, offsets, strict=True):
+        set_external_data(tensor, weights.path.name, offset, len(tensor.raw_data))
+        tensor.ClearField("raw_data")
+    content = proto.SerializeToString()
+    model_beside(weights).write_bytes(content)
+    return onnx.ModelProto.FromString(content), weights  # a message frees nothing but as a whole
