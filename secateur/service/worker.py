@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -58,6 +59,7 @@ def main() -> None:
     channel = Channel()
     import secateur.graphops as engine
 
+    gc.freeze()  # what was imported stays: no collection need look at it again
     channel.send({"ready": {"gaps": gaps}})
     while True:
         job = channel.receive()
