@@ -54,11 +54,19 @@ MIB = 1 << 20
 
 
 class Server:
-    """`secateur serve` as a process of its own, with a folder that the next one may go on with."""
+    """`secateur serve` as a process of its own.
 
-    def __init__(self, home: pathlib.Path, *flags: str) -> None:
+    Args:
+        home: for its log, and its folder, which the next one may go on with.
+        durable: whether it has that folder, and what it says is stored is on the disk.
+        flags: more of them.
+    """
+
+    def __init__(self, home: pathlib.Path, *flags: str, durable: bool = True) -> None:
         self.folder, self.log = home / "server", home / "log"
-        flags = ("--listen", "127.0.0.1:0", "--folder", str(self.folder), *flags)
+        flags = ("--listen", "127.0.0.1:0", *flags)
+        if durable:
+            flags = (*flags, "--folder", str(self.folder))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "secateur", "serve", "--log-level", "warning", *flags],
@@ -113,10 +121,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[Server]:
-    """A server with a fresh folder; it must end well."""
+def serving(*flags: str, durable: bool = True) -> Iterator[Server]:
+    """A fresh server; it must end well."""
     with tempfile.TemporaryDirectory(prefix="secateur-bench-") as home:
-        server = Server(pathlib.Path(home), *flags)
+        server = Server(pathlib.Path(home), *flags, durable=durable)
         try:
             yield server
         finally:
@@ -267,11 +275,16 @@ async def _pump() -> None:
 
 
 def transfer(args: argparse.Namespace) -> None:
-    """Uploads and downloads beside a bare pump, in turns; and the server's memory meanwhile."""
+    """Uploads and downloads beside a bare pump, in turns; and the server's memory meanwhile.
+
+    A server without a folder forgets all when it ends, and writes as the disk finds time. One with
+    a folder says that an upload is stored when it is: it can be no faster than the disk.
+    """
     size = args.mebibytes * MIB
     command = [sys.executable, __file__, "pump"]
     with (
-        serving() as server,
+        serving(durable=False) as server,
+        serving() as durable,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pump,
         tempfile.NamedTemporaryFile() as file,
     ):
@@ -285,18 +298,35 @@ def transfer(args: argparse.Namespace) -> None:
                 file.seek(0)
                 file.write(os.urandom(64))  # another blob
                 file.flush()
-                rounds.append((*_pumped(address, size), *_moved(server.address, file.name)))
+                moved = [_moved(one.address, file.name) for one in (server, durable)]
+                rounds.append((*_pumped(address, size), *moved[0], *moved[1], _synced(size)))
             grown = server.taken()["memory"] - before
         finally:
             pump.kill()
-    up, down = (
-        statistics.median(r[theirs] / r[ours] for r in rounds) for theirs, ours in ((0, 2), (1, 3))
-    )
-    speeds = [statistics.median(size / MIB / r[i] for r in rounds) for i in range(4)]
+
+    def line(what: str, ours: int, theirs: int, other: str) -> None:
+        speeds = [statistics.median(size / MIB / r[i] for r in rounds) for i in (ours, theirs)]
+        ratio = statistics.median(r[theirs] / r[ours] for r in rounds)
+        print(f"  {what:16s} {speeds[0]:6.0f}, {other} {speeds[1]:6.0f}: {ratio:.0%}")
+
     print(f"{args.mebibytes} MiB, {args.turns} turns; median MiB/s and median of the ratios:")
-    print(f"  upload   {speeds[2]:6.0f}, pump {speeds[0]:6.0f}: {up:.0%}")
-    print(f"  download {speeds[3]:6.0f}, pump {speeds[1]:6.0f}: {down:.0%}")
+    line("upload", 2, 0, "pump")
+    line("download", 3, 1, "pump")
+    line("durable upload", 4, 0, "pump")
+    line("durable upload", 4, 6, "disk")
+    line("durable download", 5, 1, "pump")
     print(f"  memory of the server grew by {grown / 1024:.0f} MiB", flush=True)
+
+
+def _synced(size: int) -> float:
+    """Seconds in which the disk takes so many bytes for good."""
+    chunk = os.urandom(MIB)
+    with tempfile.NamedTemporaryFile() as file:
+        start = time.monotonic()
+        for _ in range(size // len(chunk)):
+            file.write(chunk)
+        os.fdatasync(file.fileno())
+        return time.monotonic() - start
 
 
 def _pumped(address: str, size: int) -> tuple[float, float]:

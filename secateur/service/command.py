@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import inspect
 import json
 import pathlib
@@ -11,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur.service.config import ServerConfig
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def serve(
@@ -41,7 +45,20 @@ def serve(
         typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
         return
     logs.set_up(settings.log_level, settings.log_format)
+    _keep_freed_memory()
     asyncio.run(run(settings, lambda address: typer.echo(f"listening on {address}")))
+
+
+def _keep_freed_memory() -> None:
+    """Has the C library keep what transfers free, for the next chunk.
+
+    glibc gives it back to the kernel again and again, and clearing the pages that it then gets
+    anew takes a third of a transfer's time. What this process keeps stays below 32 MiB an arena.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # no glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
 def token() -> None:
