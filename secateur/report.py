@@ -57,8 +57,8 @@ class Cost(_Value):
         peak_memory_bytes: growth of resident memory while a fresh process loads and runs the
             model in ONNX Runtime; absent when not asked for.
         nonzero: weights that are not zero, before quantisation; absent where no single weights
-            went.
-        compressed_bytes: of the serialised model after zlib; absent where no single weights went.
+            went, and in a `Profile` where more than nine in ten are not zero.
+        compressed_bytes: of the serialised model after zlib; absent likewise.
     """
 
     macs: int
@@ -284,6 +284,8 @@ class SparseWeight(_Value):
     Attributes:
         node: that reads it.
         tensor: name of the weight in the result.
+        criterion: its weights were ranked by; another than was asked for where the matrix is too
+            wide for second moments, empty where it was left alone.
         density: share of its entries that are not zero.
         error: E‖y − ŷ‖² / E‖y‖² of the node's output for what it reads on calibration data;
             absent without them.
@@ -293,6 +295,7 @@ class SparseWeight(_Value):
 
     node: str
     tensor: str
+    criterion: str = ""
     density: float
     error: float | None = None
     dense: str = ""

@@ -25,6 +25,7 @@ from secateur.graphops.calibration import (
     open_calibration,
 )
 from secateur.graphops.calibration.labelled import open_labels
+from secateur.graphops.calibration.moments import WIDEST
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
@@ -103,6 +104,7 @@ _BEGINS = {
 _LATENCY_SECONDS = 0.4
 _DIVISION_SAMPLES = 128  # that a division of the budget is judged on
 _Opener = Callable[[ModelSource], OpenedModel]
+_SPARSE = 0.9  # share of weights that are not zero, above which nobody has taken any out
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
 
@@ -225,7 +227,10 @@ def prune(
         stage_drift=stages,
         verification=verification,
         accuracy=scored,
-        warnings=_warnings(before, after),
+        warnings=(
+            *_warnings(before, after),
+            *_too_wide(done.sparse_weights, recipe.settled(calibration is not None)),
+        ),
         seconds=clock.seconds,
     )
     return Result(done.serialised.model, done.plan, report, done.serialised.weights)
@@ -878,19 +883,28 @@ class _Measured:
     @classmethod
     def open(cls, model: ModelSource, opener: _Opener) -> _Measured:
         opened = opener(model)
-        analysed = _analyse(opened, None, Recipe())
+        nonzero = cost.count_nonzero(opened.model)
+        analysed = replace(_analyse(opened, None, Recipe()), nonzero=nonzero)
         source = _runnable(model, opened)
         feeds = _one_sample(analysed, example_feeds(opened.model.graph, analysed.coupling.shapes))
         checks.run_original(source, [feeds], from_calibration=False)  # refuses what does not run
         return cls(analysed, source, open_session(source), feeds)
 
     def cost(self, latency: Latency, memory_meter: measure.MemoryMeter) -> Cost:
-        return Cost(
+        opened = self.analysed.opened
+        found = Cost(
             macs=self.analysed.macs,
             params=self.analysed.params,
-            bytes=self.analysed.opened.size,
+            bytes=opened.size,
             latency=latency,
             peak_memory_bytes=self._peak_memory(memory_meter),
+        )
+        nonzero = self.analysed.nonzero
+        if nonzero is None or nonzero > _SPARSE * found.params:
+            return found
+        source = self.source
+        return _with_zeros(
+            found, nonzero, source if isinstance(source, bytes) else pathlib.Path(source)
         )
 
     def _peak_memory(self, memory_meter: measure.MemoryMeter) -> int | None:
@@ -1008,6 +1022,19 @@ def _frozen(coupling: Coupling) -> tuple[Frozen, ...]:
             channels=item.channels,
         )
         for item in sorted(coupling.frozen, key=lambda item: -item.channels)
+    )
+
+
+def _too_wide(weights: Sequence[SparseWeight], recipe: Recipe) -> tuple[str, ...]:
+    """Says where single weights were not ranked as a settled recipe asks."""
+    others = [one for one in weights if one.criterion not in ("", recipe.weight_criterion)]
+    if not others:
+        return ()
+    named = ", ".join(one.node for one in others[:5])
+    return (
+        f"{len(others)} weight matrices are wider than {WIDEST} inputs, too wide for second "
+        f"moments: their weights were ranked by magnitude ({named}"
+        f"{', …' if len(others) > 5 else ''})",
     )
 
 

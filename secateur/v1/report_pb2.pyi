@@ -230,20 +230,22 @@ class Removal(_message.Message):
     def __init__(self, region: _Optional[_Union[Region, _Mapping]] = ..., influence: _Optional[float] = ..., drift: _Optional[float] = ...) -> None: ...
 
 class SparseWeight(_message.Message):
-    __slots__ = ("node", "tensor", "density", "error", "dense", "stored_sparse")
+    __slots__ = ("node", "tensor", "density", "error", "dense", "stored_sparse", "criterion")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     STORED_SPARSE_FIELD_NUMBER: _ClassVar[int]
+    CRITERION_FIELD_NUMBER: _ClassVar[int]
     node: str
     tensor: str
     density: float
     error: float
     dense: str
     stored_sparse: bool
-    def __init__(self, node: _Optional[str] = ..., tensor: _Optional[str] = ..., density: _Optional[float] = ..., error: _Optional[float] = ..., dense: _Optional[str] = ..., stored_sparse: _Optional[bool] = ...) -> None: ...
+    criterion: str
+    def __init__(self, node: _Optional[str] = ..., tensor: _Optional[str] = ..., density: _Optional[float] = ..., error: _Optional[float] = ..., dense: _Optional[str] = ..., stored_sparse: _Optional[bool] = ..., criterion: _Optional[str] = ...) -> None: ...
 
 class StageDrift(_message.Message):
     __slots__ = ("stage", "drift")

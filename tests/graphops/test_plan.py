@@ -54,6 +54,22 @@ def test_a_golden_plan_replays(pruned: tuple[pathlib.Path, secateur.Result]) -> 
     assert prune(path, plan=plan).model == result.model
 
 
+def test_golden_of_whole_layers() -> None:
+    path, golden = (
+        DIGITS / "digits_transformer.onnx",
+        GOLDEN / "digits_transformer_layers.plan.json",
+    )
+    recipe = secateur.Recipe(granularity=("layer",), target={"layers": 0.8}, repair=False)
+    found = secateur.prune(
+        path, recipe, calibration=DIGITS / "calibration.npz", measure_latency=False
+    )
+    if os.environ.get("SECATEUR_REGENERATE_GOLDEN"):
+        golden.write_text(json.dumps(json.loads(found.plan.to_json()), indent=1) + "\n")
+        pytest.skip(f"wrote {golden.name}")
+    assert found.plan == Plan.load(golden), f"another plan than {golden.name}"
+    assert secateur.prune(path, plan=Plan.load(golden), measure_latency=False).model == found.model
+
+
 def test_replay_gives_the_same_bytes(pruned: tuple[pathlib.Path, secateur.Result]) -> None:
     path, result = pruned
     again = prune(path, plan=Plan.from_json(result.plan.to_json()))

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 import secateur
 from secateur.errors import Code, Refused
-from secateur.graphops.sparsity import second_order
+from secateur.graphops.sparsity import second_order, sparsify
 from secateur.graphops.sparsity.mask import block_scores, keep_blocks, quota
 from secateur.sparsity import Pattern
 
@@ -300,6 +300,36 @@ def test_a_model_with_nothing_that_fits_is_refused() -> None:
 
 
 # -- what the file becomes ---------------------------------------------------------------------
+
+
+def test_matrices_too_wide_for_second_moments_go_by_magnitude_and_the_report_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sparsify, "WIDEST", 20)
+    net = Net()
+    x = net.op("Relu", net.dense(net.input("x", ["N", 16]), 16, 32))
+    net.output(net.dense(x, 32, 8))
+    data = {"x": correlated(64, 16).astype(np.float32)}
+    for criterion in (None, "wanda"):
+        fields = {"granularity": ["weight"], "sparsity": "0.5", "weight_criterion": criterion}
+        report = prune(net.bytes(), data, **fields).report
+        ranked = criterion or "second_order"
+        assert [one.criterion for one in report.sparse_weights] == [ranked, "magnitude"]
+        (warning,) = (text for text in report.warnings if "magnitude" in text)
+        assert report.sparse_weights[1].node in warning
+    report = prune(net.bytes(), data, **{**fields, "weight_criterion": "magnitude"}).report
+    assert not any("ranked by" in text for text in report.warnings)
+
+
+def test_a_profile_counts_zeros_where_there_are_many() -> None:
+    source = DIGITS / "digits_cnn.onnx"
+    whole = secateur.graphops.profile(source).model
+    assert whole.nonzero is None and whole.compressed_bytes is None
+    result = prune(source, granularity=["weight"], sparsity="0.8")
+    found = secateur.graphops.profile(result.model, against=source)
+    assert found.model.nonzero == result.report.after.nonzero
+    assert found.model.compressed_bytes == result.report.after.compressed_bytes
+    assert found.against is not None and found.against.nonzero is None
 
 
 def test_sparse_initializers_give_the_same_model_in_fewer_bytes() -> None:

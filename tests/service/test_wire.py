@@ -54,7 +54,9 @@ ACCURACY = report.Accuracy(
 )
 SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
 REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
-WEIGHT = report.SparseWeight(node="n", tensor="w", density=0.5, error=0.0, stored_sparse=True)
+WEIGHT = report.SparseWeight(
+    node="n", tensor="w", criterion="wanda", density=0.5, error=0.0, stored_sparse=True
+)
 STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
 REMOVAL = report.Removal(region=REGION, influence=0.25, drift=0.0)
 DIVISIONS = (

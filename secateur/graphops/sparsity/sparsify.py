@@ -179,6 +179,7 @@ class _Layer:
         return SparseWeight(
             node=node_label(self.view.node),
             tensor=str(self.view.node.inputs[self.view.weight].name),  # type: ignore[union-attr]
+            criterion="" if self.dense else self.criterion,
             density=float(np.count_nonzero(result) / result.size),
             error=error,
             dense=self.dense,
