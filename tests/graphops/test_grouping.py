@@ -37,6 +37,17 @@ def normalised(groups: int, width: int, opset: int) -> bytes:
     return net.bytes()
 
 
+def test_a_depthwise_convolution_keeps_a_balanced_cut_before_it() -> None:
+    """Its groups have one position each: whatever goes before it goes with it."""
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", ["N", 4, 6, 6]), 4, 32))
+    x = net.op("Relu", net.conv(x, 32, 32, kernel=3, group=2))
+    x = net.op("Relu", net.conv(x, 32, 32, kernel=3, group=32))
+    net.output(net.conv(x, 32, 3))
+    result = lawful(net.bytes(), target={"channels": 0.5})
+    assert max(group.units for group in result.report.groups) == 16
+
+
 def kept(result: secateur.Result, groups: int) -> tuple[int, int]:
     """(groups, channels of each) that the middle layer's input keeps."""
     entries = [e for e in result.plan.kept if e.tensor == "w_1" or 0 in e.axes]

@@ -34,18 +34,25 @@ _TURNS = 64  # choices of one cluster that are decided one by one; each costs tw
 
 def components(flow: Flow) -> tuple[int, Components]:
     """Connected components of the labels under the equalities stated so far."""
-    if flow.equal:
-        first = np.concatenate([pair[0].reshape(-1) for pair in flow.equal])
-        second = np.concatenate([pair[1].reshape(-1) for pair in flow.equal])
-        moving = (first != FIXED) & (second != FIXED)
-        first, second = first[moving], second[moving]
-    else:
-        first = second = np.zeros(0, np.int32)
+    return _connected(flow.labels, *_pairs(flow.equal))
+
+
+def _pairs(equal: Sequence[tuple[Labels, Labels]]) -> tuple[Labels, Labels]:
+    """The equalities between labels that can move, end to end."""
+    if not equal:
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+    first = np.concatenate([pair[0].reshape(-1) for pair in equal])
+    second = np.concatenate([pair[1].reshape(-1) for pair in equal])
+    moving = (first != FIXED) & (second != FIXED)
+    return first[moving], second[moving]
+
+
+def _connected(count: int, first: Labels, second: Labels) -> tuple[int, Components]:
     graph = scipy.sparse.coo_array(
-        (np.ones(first.size, np.bool_), (first, second)), shape=(flow.labels, flow.labels)
+        (np.ones(first.size, np.bool_), (first, second)), shape=(count, count)
     )
-    count, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    return int(count), component
+    found, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    return int(found), component
 
 
 def frozen_components(flow: Flow, count: int, component: Components) -> Mask:
@@ -59,27 +66,67 @@ def frozen_components(flow: Flow, count: int, component: Components) -> Mask:
 
 def decide(flow: Flow, grouped: Grouped) -> None:
     """States the equalities of one of the two cuts for every choice of the flow."""
-    if not flow.choices:
-        return
-    whole = [grouped == "whole"] * len(flow.choices)
-    if grouped == "auto":
-        whole = _best(flow)
-    for choice, rows in zip(flow.choices, whole, strict=True):
-        _state(flow, choice, rows)
-        if not rows and choice.contraction is not None:
-            flow.contract(choice.node, *choice.contraction)
+    undecided = []
+    for choice in flow.choices:
+        if grouped == "auto" and not _is_depthwise(choice):
+            undecided.append(choice)
+        else:
+            _make(flow, choice, grouped != "balanced")
+    for choice, rows in zip(undecided, _best(flow, undecided), strict=True):
+        _make(flow, choice, rows)
 
 
-def _best(flow: Flow) -> list[bool]:
+def _is_depthwise(choice: Choice) -> bool:
+    """Whether groups hold one position each, so that a balanced cut would take all or nothing."""
+    return all(matrix.shape[1] == 1 for matrix in choice.matrices)
+
+
+def _make(flow: Flow, choice: Choice, rows: bool) -> None:
+    _state(flow, choice, rows)
+    if not rows and choice.contraction is not None:
+        flow.contract(choice.node, *choice.contraction)
+
+
+class _Base:
+    """Components before any choice is made: a trial only joins what they are.
+
+    Passing all equalities again for every trial would cost more than all labels.
+    """
+
+    def __init__(self, flow: Flow, choices: Sequence[Choice]) -> None:
+        self.flow, self.choices = flow, choices
+        self._count, self._component = components(flow)
+        self._frozen = frozen_components(flow, self._count, self._component)
+
+    def trial(self, answers: Sequence[tuple[Choice, bool]]) -> tuple[Mask, Components]:
+        """(frozen, component) under these answers; the flow stays as it is."""
+        flow, component = self.flow, self._component
+        equal, held = len(flow.equal), len(flow.frozen)
+        for choice, rows in answers:
+            _state(flow, choice, rows)
+        first, second = _pairs(flow.equal[equal:])
+        count, joined = _connected(self._count, component[first], component[second])
+        frozen = np.zeros(count, np.bool_)
+        frozen[joined[self._frozen]] = True
+        for labels, _ in flow.frozen[held:]:
+            frozen[joined[component[labels]]] = True
+        del flow.equal[equal:], flow.frozen[held:]
+        return frozen, joined[component]
+
+
+def _best(flow: Flow, choices: Sequence[Choice]) -> list[bool]:
     """Per choice whether whole groups go: if possible one answer for all that share channels."""
-    everything = [(choice, rows) for choice in flow.choices for rows in (True, False)]
-    _, shared = _trial(flow, everything)
+    if not choices:
+        return []
+    base = _Base(flow, choices)
+    everything = [(choice, rows) for choice in choices for rows in (True, False)]
+    _, shared = base.trial(everything)
     clusters: dict[int, list[int]] = {}
-    for index, choice in enumerate(flow.choices):
+    for index, choice in enumerate(choices):
         clusters.setdefault(int(shared[_anchor(choice)]), []).append(index)
     members = list(clusters.values())
-    ways = [_tell(flow, members, [rows] * len(flow.choices)) for rows in (True, False)]
-    result = [False] * len(flow.choices)
+    ways = [_tell(base, members, [rows] * len(choices)) for rows in (True, False)]
+    result = [False] * len(choices)
     stuck = []
     for cluster, whole, balanced in zip(members, *ways, strict=True):
         rows = _prefer_whole(whole, balanced)
@@ -88,11 +135,11 @@ def _best(flow: Flow) -> list[bool]:
         if len(cluster) > 1 and (whole if rows else balanced)[1] < 2:
             stuck.append(cluster)
     for turn in range(min(_TURNS, max(map(len, stuck), default=0))):
-        _take_turns(flow, stuck, turn, result)
+        _take_turns(base, stuck, turn, result)
     return result
 
 
-def _take_turns(flow: Flow, clusters: list[list[int]], turn: int, result: list[bool]) -> None:
+def _take_turns(base: _Base, clusters: list[list[int]], turn: int, result: list[bool]) -> None:
     """Decides the next choice of each cluster given those before it; edits `result`.
 
     A shuffle between grouped convolutions makes the groups of one the columns of the other, and
@@ -103,7 +150,7 @@ def _take_turns(flow: Flow, clusters: list[list[int]], turn: int, result: list[b
     for rows in (True, False):
         for cluster in so_far:
             result[cluster[-1]] = rows
-        ways.append(_tell(flow, so_far, result))
+        ways.append(_tell(base, so_far, result))
     for cluster, whole, balanced in zip(so_far, *ways, strict=True):
         result[cluster[-1]] = _prefer_whole(whole, balanced)
 
@@ -115,11 +162,12 @@ def _prefer_whole(whole: tuple[int, int], balanced: tuple[int, int]) -> bool:
     return balanced[1] < min(_FINE, whole[1] + 1)
 
 
-def _tell(flow: Flow, clusters: list[list[int]], whole: Sequence[bool]) -> list[tuple[int, int]]:
+def _tell(base: _Base, clusters: list[list[int]], whole: Sequence[bool]) -> list[tuple[int, int]]:
     """Positions that may go, and fewest units of a matrix, of each cluster for these answers."""
+    choices = base.choices
     asked = [index for cluster in clusters for index in cluster]
-    frozen, component = _trial(flow, [(flow.choices[index], whole[index]) for index in asked])
-    free = {index: _free(flow.choices[index], frozen, component) for index in asked}
+    frozen, component = base.trial([(choices[index], whole[index]) for index in asked])
+    free = {index: _free(choices[index], frozen, component) for index in asked}
     return [
         (sum(free[i][0] for i in cluster), min(free[i][1] for i in cluster)) for cluster in clusters
     ]
@@ -132,17 +180,6 @@ def _anchor(choice: Choice) -> int:
         if moving.size:
             return int(moving[0])
     return FIXED
-
-
-def _trial(flow: Flow, answers: Sequence[tuple[Choice, bool]]) -> tuple[Mask, Components]:
-    """(frozen, component) under these answers; the flow stays as it is."""
-    equal, frozen = len(flow.equal), len(flow.frozen)
-    for choice, rows in answers:
-        _state(flow, choice, rows)
-    count, component = components(flow)
-    mask = frozen_components(flow, count, component)
-    del flow.equal[equal:], flow.frozen[frozen:]
-    return mask, component
 
 
 def _free(choice: Choice, frozen: Mask, component: Components) -> tuple[int, int]:
