@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from nets import INT64, Net
 
@@ -53,6 +54,38 @@ def test_shape_arithmetic_is_evaluated_and_knows_what_follows_the_input() -> Non
     assert shapes.values[twice].tolist() == [4, 8, 12]
     assert fixed is not None
     assert fixed.tolist() == [False, True, True]
+
+
+def test_nodes_that_are_alike_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ask = onnx.shape_inference.infer_node_outputs
+
+    def count(schema: Any, node: onnx.NodeProto, *rest: Any, **options: Any) -> Any:
+        asked.append(node.op_type)
+        return ask(schema, node, *rest, **options)
+
+    monkeypatch.setattr(onnx.shape_inference, "infer_node_outputs", count)
+    net = Net()
+    x = net.input("x", ["N", 16, 6, 6])
+    for _ in range(5):
+        x = net.op("Relu", net.conv(x, 16, 16))
+    net.output(net.conv(x, 16, 12))
+    assert shapes_of(net).of(x) == (2, 16, 6, 6)
+    # once per binding; the last convolution has another weight
+    assert (asked.count("Conv"), asked.count("Relu")) == (4, 2)
+
+
+@pytest.mark.parametrize(("domain", "wide"), [("", 32), ("com.microsoft", 8)])
+def test_an_operator_s_domain_says_which_shapes_it_has(domain: str, wide: int) -> None:
+    """Attention of ai.onnx takes queries, keys and values; the other x, a weight and a bias."""
+    net = Net(opset=23)
+    x = net.input("x", [2, 5, 32])
+    if domain:
+        y = net.op("Attention", x, net.floats(32, 24), net.floats(24), num_heads=4, domain=domain)
+    else:
+        y = net.op("Attention", x, *[net.dense(x, 32, 16)] * 2, q_num_heads=4, kv_num_heads=2)
+    net.output(y)
+    assert shapes_of(net).of(y) == (2, 5, wide)
 
 
 INTEGERS = np.array([[3, 0, 2], [1, 2, 0]], np.int64)

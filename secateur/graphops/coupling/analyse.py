@@ -13,6 +13,7 @@ from secateur.graphops import rules
 from secateur.graphops.coupling import units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
+from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, bodies, captured_by, constant_tensor, walk
 from secateur.recipe import Recipe
@@ -30,6 +31,7 @@ _MALFORMED = (
 )
 
 
+@uncollected()
 def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Coupling:
     """Labels every prunable position, passes the labels through all nodes, and builds the units.
 
@@ -87,17 +89,13 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 
 
 def _visit(flow: Flow, node: ir.Node) -> None:
-    captured = None if bodies(node) else captured_by(node)
-    if captured is not None:
-        flow.hold(node)
-        for value in (*node.inputs, *captured):
-            flow.freeze_value(value, node, "SUBGRAPH", "is read by a subgraph")
-        return
     if _is_shape_arithmetic(flow, node):
         flow.hold(node)
         return
     rule = rules.find(node.domain, node.op_type, flow.opset(node))
     if rule is None:
+        for outer in captured_by(node) or ():
+            flow.freeze_value(outer, node, "SUBGRAPH", "is read by a subgraph")
         detail = rules.reason(node.domain, node.op_type) or "the operator has no rule"
         _freeze_reached(flow, node, "NO_RULE", detail)
         return

@@ -121,12 +121,12 @@ class Flow:
         if known is None:
             known = BARE
             if value.name in self.constants:
-                sizes = [int(size) for size in self.constants[value.name].shape.numpy()]
+                sizes = self.shapes.first[value.name]
                 if 0 not in sizes:
                     known = tuple(
                         Block((axis,), self.fresh(size))
                         for axis, size in enumerate(sizes)
-                        if 1 < size <= MAX_FRESH
+                        if size is not None and 1 < size <= MAX_FRESH
                     )
             self.blocks_of[value.name] = known
         return known

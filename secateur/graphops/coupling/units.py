@@ -313,7 +313,7 @@ def _frozen(
     flow: Flow, slices: _Slices, frozen_by: npt.NDArray[np.int64]
 ) -> tuple[FrozenReason, ...]:
     """Counts weight positions by the reason that keeps them."""
-    weights = np.array([len(flow.constants[name].shape) >= 2 for name, _ in slices.axes], np.bool_)
+    weights = np.array([len(flow.shapes.first[name]) >= 2 for name, _ in slices.axes], np.bool_)
     if not weights.size:
         return ()
     reasons = frozen_by[slices.component]

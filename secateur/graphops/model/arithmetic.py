@@ -34,12 +34,11 @@ def evaluate(node: ir.Node, inputs: Inputs, opset: int) -> list[Array] | None:
     if function is None or node.domain not in ("", "ai.onnx"):
         return None
     try:
-        with np.errstate(all="ignore"):
-            outputs = function(node, inputs, opset)
+        outputs = function(node, inputs, opset)
     except _MALFORMED:
         return None  # malformed: shape inference or ONNX Runtime will say so with more to tell
     outputs = [np.asarray(output) for output in outputs]
-    return outputs if all(output.size <= MAX_ELEMENTS for output in outputs) else None
+    return outputs if max([output.size for output in outputs], default=0) <= MAX_ELEMENTS else None
 
 
 def _int(node: ir.Node, name: str, default: int) -> int:

@@ -14,7 +14,7 @@ Shapes = Sequence[Shape | None]
 
 def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
     """Shapes of the outputs that are known, None when the operator is not known here."""
-    function = _TABLE.get(node.op_type)
+    function = _table(node.domain).get(node.op_type)
     if function is None or not inputs or inputs[0] is None:
         return None
     try:
@@ -113,11 +113,15 @@ def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
 # Functions of opset 12 to 15, whose bodies onnx's inference does not look into.
 COMPARISONS = ("LessOrEqual", "GreaterOrEqual")
 
-_TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
+_Table = dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]]
+
+_STANDARD: _Table = {
     **dict.fromkeys(COMPARISONS, _broadcast),
     "GroupNormalization": _first,
     "SimplifiedLayerNormalization": _first,
     "MeanVarianceNormalization": _first,
+}
+_CONTRIB: _Table = {
     "BiasGelu": _first,
     "FastGelu": _first,
     "QuickGelu": _first,
@@ -141,4 +145,8 @@ _TABLE: dict[str, Callable[[ir.Node, Shapes], list[Shape | None]]] = {
     "QLinearGlobalAveragePool": _global_pool,
 }
 
-OPERATORS = frozenset(_TABLE)
+
+def _table(domain: str) -> _Table:
+    if domain == "com.microsoft":
+        return _CONTRIB
+    return _STANDARD if domain in ("", "ai.onnx") else {}

@@ -19,6 +19,7 @@ import onnx_ir.passes.common
 from secateur.errors import Code, refuse
 from secateur.graphops.model import checking
 from secateur.graphops.model.aside import LARGE, put_aside
+from secateur.graphops.model.collecting import uncollected
 from secateur.result import WeightsFile
 
 # onnx_ir is told apart from the other model types by these; gs.Graph by its module, so that
@@ -46,6 +47,7 @@ class OpenedModel:
     aside: WeightsFile | None
 
 
+@uncollected()
 def open_model(
     source: ModelSource, *, external_data: bool = True, max_nodes: int | None = None
 ) -> OpenedModel:

@@ -12,7 +12,7 @@ operator's own inference function node by node. Symbolic inference by other libr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.model import arithmetic, contrib
+from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.opening import node_label
 
 Shape = tuple[int | None, ...]
@@ -45,6 +46,7 @@ _BATCHES = (2, 3)
 _MAKERS = ("ConstantOfShape", "Expand", "Tile")  # of tensors as large as their last input says
 _LARGEST = 1 << 48  # elements of one tensor
 _LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
+_LONGEST_TOLD = 8  # numbers of a vector that inference may read where they are not int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class _InvalidBinding(Exception):
     """The sizes chosen for symbolic axes contradict the model."""
 
 
+@uncollected()
 def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = None) -> Shapes:
     """Shapes and small values of every tensor of the main graph.
 
@@ -100,6 +103,11 @@ def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = 
         given: shapes of inputs as calibration data has them, batch axis included; they are the
             first binding of the symbolic axes.
     """
+    with np.errstate(all="ignore"):  # arithmetic that never runs may divide by zero
+        return _infer_shapes(model, given)
+
+
+def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) -> Shapes:
     skeleton = _Skeleton(model)
     candidates = max(len(_SEQUENCES), len(_IMAGES), len(_AUDIO))
     for attempt in range(candidates):
@@ -160,6 +168,11 @@ def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int
     return choices[min(attempt, len(choices) - 1)]
 
 
+# The type of a value: elements and shape of a tensor; serialised for anything else.
+_Type = tuple[int, Shape | None] | bytes
+_Attributes = tuple[bytes, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """One node as the walks read it: onnx_ir's properties cost more than what is asked of them.
@@ -167,6 +180,7 @@ class _Step:
     Attributes:
         node: itself.
         serialised: for inference by its operator's own function.
+        attributes: serialised, to tell nodes apart; None where a subgraph is one of them.
         inputs, outputs: names, empty where absent.
         op_type: of the ai.onnx domain; empty for other domains.
         bodies: its subgraphs.
@@ -174,6 +188,7 @@ class _Step:
 
     node: ir.Node
     serialised: onnx.NodeProto
+    attributes: _Attributes | None
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     op_type: str
@@ -181,47 +196,79 @@ class _Step:
 
     @classmethod
     def of(cls, node: ir.Node) -> _Step:
+        inputs = tuple(["" if value is None else value.name or "" for value in node.inputs])
+        outputs = tuple([value.name or "" for value in node.outputs])
+        serialised = _serialise_node(node, inputs, outputs)
+        graphs = any(item.HasField("g") or item.graphs for item in serialised.attribute)
         return cls(
             node=node,
-            serialised=_serialise_node(node),
-            inputs=tuple("" if value is None else value.name or "" for value in node.inputs),
-            outputs=tuple(value.name or "" for value in node.outputs),
-            op_type=node.op_type if node.domain in ("", "ai.onnx") else "",
+            serialised=serialised,
+            attributes=None
+            if graphs
+            else tuple([item.SerializeToString() for item in serialised.attribute]),
+            inputs=inputs,
+            outputs=outputs,
+            op_type=serialised.op_type if serialised.domain in ("", "ai.onnx") else "",
             bodies=tuple(bodies(node).values()),
         )
+
+
+@dataclass(slots=True)
+class _Facts:
+    """What one walk through the graph has found so far, by the names of values.
+
+    Attributes:
+        elements: of tensors.
+        others: serialised types of what is no tensor.
+        shapes: None where not even the rank is known.
+        values: small constants and shape arithmetic.
+        strict: whether sizes that contradict the model end the walk.
+    """
+
+    elements: dict[str, int]
+    others: dict[str, bytes]
+    shapes: dict[str, Shape | None]
+    values: dict[str, Array]
+    strict: bool
+
+    def type_of(self, name: str) -> _Type | None:
+        """None where nothing is known, not even whether it is a tensor."""
+        elements = self.elements.get(name)
+        if elements is not None:
+            return elements, self.shapes.get(name)
+        value = self.values.get(name)
+        if value is None:
+            return self.others.get(name)
+        elements = self.elements[name] = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        return elements, value.shape
+
+    def told(self, name: str) -> Array | None:
+        """The value of an input that inference may read: sizes, axes, the scales of a Resize.
+
+        Other vectors are weights, and would tell apart nodes that are alike.
+        """
+        value = self.values.get(name)
+        if value is None or value.dtype.kind not in "iubf":
+            return None
+        return value if value.dtype == np.int64 or value.size <= _LONGEST_TOLD else None
 
 
 class _Skeleton:
     """The graph without its weights, ready for shape inference under several bindings."""
 
     def __init__(self, model: ir.Model) -> None:
-        self._model = model
         graph = model.graph
         self._opsets = dict(model.opset_imports)
         self._opset = self._opsets.get("", 1)
+        self._ir_version = max(model.ir_version, 4)
         self._imports = [onnx.helper.make_opsetid(d, v) for d, v in self._opsets.items()]
         self._known: dict[str, Array] = {}
-        self._constants: dict[str, onnx.TypeProto] = {}
-        proto = onnx.GraphProto(name="skeleton")
+        self._elements = {str(value.name): int(value.dtype or 1) for value in real_inputs(graph)}
+        self._sizes: dict[str, Shape | None] = {}
+        self._protos: dict[_Type, onnx.TypeProto] = {}
+        self._inferred: dict[tuple[Any, ...], list[_Type | None] | None] = {}
         self._bodies: dict[ir.Graph, list[_Step]] = {}
         self._steps = self._read(graph)
-        proto.node.extend(step.serialised for step in self._steps)
-        for name, array in self._known.items():
-            if array.dtype.kind in "iub":  # what data propagation can use
-                proto.initializer.append(onnx.numpy_helper.from_array(array, name))
-        stored = {tensor.name for tensor in proto.initializer}
-        for name, type_proto in self._constants.items():
-            if name not in stored:  # an initializer that is an input as well counts as unknown
-                proto.input.append(onnx.ValueInfoProto(name=name, type=type_proto))
-        for value in graph.outputs:
-            if value.name in self._constants:
-                continue
-            proto.output.append(onnx.ValueInfoProto(name=str(value.name)))
-        self._fixed_inputs = len(proto.input)
-        self._proto = onnx.ModelProto(
-            ir_version=max(model.ir_version, 4), graph=proto, opset_import=self._imports
-        )
-        self._input_types = {str(value.name): int(value.dtype or 1) for value in real_inputs(graph)}
 
     def _read(self, graph: ir.Graph) -> list[_Step]:
         """The nodes of a graph that are not constants, and of its subgraphs on the way."""
@@ -229,13 +276,15 @@ class _Skeleton:
             self._add_constant(str(name), value.const_value)
         steps = []
         for node in graph:
-            if node.op_type == "Constant" and node.domain == "":
+            op_type = node.op_type
+            if op_type == "Constant" and node.domain == "":
                 tensor = constant_tensor(node)
                 if tensor is not None:
                     self._add_constant(str(node.outputs[0].name), tensor)
                     continue
-            self._check_size(node)
-            if self._fold(node):
+            if op_type in _MAKERS:
+                self._check_size(node)
+            if op_type in arithmetic.OPERATORS and self._fold(node):
                 continue
             step = _Step.of(node)
             for body in step.bodies:
@@ -246,18 +295,18 @@ class _Skeleton:
     def _add_constant(self, name: str, tensor: ir.TensorProtocol | None) -> None:
         if tensor is None:
             return
-        shape = [int(size) for size in tensor.shape.numpy()]
-        self._constants[name] = onnx.helper.make_tensor_type_proto(int(tensor.dtype), shape)
-        if tensor.dtype not in _EVALUATED:
+        elements, shape = _elements_and_sizes(tensor)
+        self._elements[name], self._sizes[name] = elements, shape
+        if elements not in _EVALUATED:
             return
         size = math.prod(shape)
-        integer = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+        integer = elements in _INTEGERS
         if (len(shape) <= 1 and size <= 64) or (integer and size <= 1024):
             self._known[name] = tensor.numpy()
 
     def _check_size(self, node: ir.Node) -> None:
         """Raises `LIMIT_EXCEEDED` for a tensor that no machine holds: native code would try to."""
-        if node.op_type not in _MAKERS or node.domain not in ("", "ai.onnx") or not node.inputs:
+        if node.domain not in ("", "ai.onnx") or not node.inputs:
             return
         sizes = node.inputs[-1]
         known = self._known.get(sizes.name or "") if sizes is not None else None
@@ -274,8 +323,8 @@ class _Skeleton:
             )
 
     def _fold(self, node: ir.Node) -> bool:
-        """Evaluates arithmetic on constants once, for all bindings and for data propagation."""
-        if node.op_type not in arithmetic.OPERATORS or node.domain not in ("", "ai.onnx"):
+        """Evaluates arithmetic on constants once, for all bindings."""
+        if node.domain not in ("", "ai.onnx"):
             return False
         inputs = []
         for value in node.inputs:
@@ -288,9 +337,8 @@ class _Skeleton:
             return False
         for value, array in zip(node.outputs, outputs, strict=False):
             name = str(value.name)
-            self._known[name] = array
-            dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            self._constants[name] = onnx.helper.make_tensor_type_proto(dtype, array.shape)
+            self._known[name], self._sizes[name] = array, array.shape
+            self._elements[name] = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         return True
 
     def infer(
@@ -301,90 +349,53 @@ class _Skeleton:
         Raises:
             _InvalidBinding: with `strict`, when the sizes contradict the model.
         """
-        types = dict(self._constants)
-        del self._proto.graph.input[self._fixed_inputs :]
+        facts = _Facts(
+            dict(self._elements), {}, {**self._sizes, **binding}, dict(self._known), strict
+        )
         for name, shape in binding.items():
-            # onnx makes as many axes as a vector of sizes is long, and does not ask how many.
-            told = None if len(shape) == 1 and shape[0] > _LONGEST_SHAPE else shape
-            types[name] = onnx.helper.make_tensor_type_proto(self._input_types[name], told)
-            self._proto.graph.input.append(onnx.ValueInfoProto(name=name, type=types[name]))
-        for info in self._whole_graph(strict):
-            types.setdefault(info.name, info.type)
-        shapes = {name: _shape_of(type_proto) for name, type_proto in types.items()}
-        values = dict(self._known)
+            if len(shape) == 1 and shape[0] > _LONGEST_SHAPE:
+                # onnx makes as many axes as a vector of sizes is long, and does not ask how many.
+                facts.shapes[name] = None
         for step in self._steps:
-            self._visit(step, types, shapes, values, strict)
-        elements = {name: found.tensor_type.elem_type for name, found in types.items()}
-        return {name: s for name, s in shapes.items() if s is not None}, values, elements
+            self._visit(step, facts)
+        shapes = {name: shape for name, shape in facts.shapes.items() if shape is not None}
+        return shapes, facts.values, facts.elements
 
-    def _whole_graph(self, strict: bool) -> list[onnx.ValueInfoProto]:
-        try:
-            inferred = onnx.shape_inference.infer_shapes(
-                self._proto, strict_mode=strict, data_prop=True
-            )
-        except onnx.shape_inference.InferenceError as error:
-            if strict and _contradicts(error):
-                raise _InvalidBinding from None
-            return self._whole_graph(strict=False) if strict else []
-        except Exception:  # malformed attributes; the walk keeps what it can
-            return []
-        return [*inferred.graph.value_info, *inferred.graph.output]
-
-    def _visit(
-        self,
-        step: _Step,
-        types: dict[str, onnx.TypeProto],
-        shapes: dict[str, Shape | None],
-        values: dict[str, Array],
-        strict: bool,
-    ) -> None:
-        outputs = self._evaluate(step, shapes, values)
+    def _visit(self, step: _Step, facts: _Facts) -> None:
+        outputs = self._evaluate(step, facts)
         if outputs is not None:
             for name, array in zip(step.outputs, outputs, strict=False):
-                values[name] = array
-                shapes[name] = array.shape
-                types.pop(name, None)  # less may have been known of it
+                facts.values[name], facts.shapes[name] = array, array.shape
             return
-        live = live_branch(step.node, values.get(step.inputs[0])) if step.bodies else None
+        live = live_branch(step.node, facts.values.get(step.inputs[0])) if step.bodies else None
         for body in step.bodies:
-            self._visit_body(step.node, body, types, shapes, values, strict, live in (None, body))
+            self._visit_body(step.node, body, facts, live in (None, body))
         if live is not None:
             for result, inner, _ in body_outputs(step.node, live):
-                if result.name and inner.name in values:
-                    values[result.name] = values[inner.name]
-        if strict and (check := _CHECKS.get(step.op_type)) is not None:
-            check(step, shapes, values)
-        if all(_is_complete(shapes.get(name)) for name in step.outputs if name):
+                if result.name and inner.name in facts.values:
+                    facts.values[result.name] = facts.values[inner.name]
+        if facts.strict and (check := _CHECKS.get(step.op_type)) is not None:
+            check(step, facts.shapes, facts.values)
+        if step.bodies and all(_is_complete(facts.shapes.get(n)) for n in step.outputs if n):
             return
-        if not self._infer_contrib(step, types, shapes):
-            self._infer_node(step, types, shapes, values, strict)
+        if not self._infer_contrib(step, facts):
+            self._infer_node(step, facts)
 
-    def _visit_body(
-        self,
-        node: ir.Node,
-        body: ir.Graph,
-        types: dict[str, onnx.TypeProto],
-        shapes: dict[str, Shape | None],
-        values: dict[str, Array],
-        strict: bool,
-        live: bool,
-    ) -> None:
+    def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
 
         A branch that is never taken says nothing of them. A loop's body is walked with the shapes
         of the first turn; what it carries to the next turn with another shape has none that holds.
         """
+        elements, shapes = facts.elements, facts.shapes
         for inner, outer, scan in body_inputs(node, body):
-            known = None if outer is None else types.get(outer.name or "")
-            shape = None if outer is None else shapes.get(outer.name or "")
-            if known is None or shape is None or not inner.name:
+            known = None if outer is None else facts.type_of(outer.name or "")
+            if not isinstance(known, tuple) or known[1] is None or not inner.name:
                 continue
-            shape = shape[1:] if scan else shape
-            shapes[inner.name] = shape
-            elements = known.tensor_type.elem_type
-            types[inner.name] = onnx.helper.make_tensor_type_proto(elements, shape)
+            elements[inner.name] = known[0]
+            shapes[inner.name] = known[1][1:] if scan else known[1]
         for step in self._bodies[body]:
-            self._visit(step, types, shapes, values, strict)
+            self._visit(step, facts)
         for result, inner, scan in body_outputs(node, body) if live else ():
             shape = shapes.get(inner.name or "")
             if shape is None or not result.name:
@@ -394,101 +405,121 @@ class _Skeleton:
             if before is not None and len(before) == len(found):
                 found = tuple(a if a == b else None for a, b in zip(before, found, strict=True))
             shapes[result.name] = found
-            if inner.name in types:
-                elements = types[inner.name].tensor_type.elem_type
-                types[result.name] = onnx.helper.make_tensor_type_proto(elements, found)
+            if isinstance(known := facts.type_of(inner.name or ""), tuple):
+                elements[result.name] = known[0]
 
-    def _infer_contrib(
-        self,
-        step: _Step,
-        types: dict[str, onnx.TypeProto],
-        shapes: dict[str, Shape | None],
-    ) -> bool:
+    def _infer_contrib(self, step: _Step, facts: _Facts) -> bool:
         """Operators whose schema onnx has no shape inference for."""
-        node = step.node
-        if node.op_type not in contrib.OPERATORS:
-            return False
-        inferred = contrib.infer(node, [shapes.get(name) if name else None for name in step.inputs])
+        inputs = [facts.shapes.get(name) if name else None for name in step.inputs]
+        inferred = contrib.infer(step.node, inputs)
         if inferred is None:
             return False
-        source = types.get(step.inputs[0])
-        dtype = source.tensor_type.elem_type if source is not None else onnx.TensorProto.FLOAT
-        if node.op_type in contrib.COMPARISONS:
-            dtype = onnx.TensorProto.BOOL
+        source = facts.type_of(step.inputs[0])
+        elements = source[0] if isinstance(source, tuple) else onnx.TensorProto.FLOAT
+        if step.op_type in contrib.COMPARISONS:
+            elements = onnx.TensorProto.BOOL
         for name, shape in zip(step.outputs, inferred, strict=False):
             if shape is not None and name:
-                shapes[name] = shape
-                types[name] = onnx.helper.make_tensor_type_proto(dtype, shape)
+                facts.shapes[name], facts.elements[name] = shape, elements
         return True
 
-    def _evaluate(
-        self, step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
-    ) -> list[Array] | None:
+    def _evaluate(self, step: _Step, facts: _Facts) -> list[Array] | None:
         if step.op_type in ("Shape", "Size") and step.inputs:
-            return _sizes(step, shapes.get(step.inputs[0]))
+            return _sizes(step, facts.shapes.get(step.inputs[0]))
         if step.op_type not in arithmetic.OPERATORS or not step.inputs:
             return None
         inputs: list[Array | None] = []
         for name in step.inputs:
-            array = values.get(name) if name else None
+            array = facts.values.get(name) if name else None
             if array is None and name:
                 return None
             inputs.append(array)
         return arithmetic.evaluate(step.node, inputs, self._opset)
 
-    def _infer_node(
+    def _infer_node(self, step: _Step, facts: _Facts) -> None:
+        """By the operator's own function; nodes alike are asked once."""
+        types: dict[str, _Type] = {}
+        data: dict[str, Array] = {}
+        for name in step.inputs:
+            if name:
+                known = facts.type_of(name)
+                if known is None:
+                    return
+                types[name] = known
+                value = facts.told(name)
+                if value is not None:
+                    data[name] = value
+        node = step.serialised
+        key = None
+        if step.attributes is not None:
+            told = [(name, a.dtype.char, a.tobytes()) for name, a in data.items()]
+            places = {name: place for place, name in enumerate(types)}
+            key = (
+                node.domain,
+                node.op_type,
+                step.attributes,
+                tuple([places.get(name) for name in step.inputs]),
+                tuple([bool(name) for name in step.outputs]),
+                tuple(types.values()),
+                tuple([(places[name], char, content) for name, char, content in told]),
+            )
+        if key is None or key not in self._inferred:
+            answer = self._ask(node, step.outputs, types, data)
+            if key is not None:
+                self._inferred[key] = answer
+        else:
+            answer = self._inferred[key]
+        if answer is None:
+            if facts.strict:
+                raise _InvalidBinding
+            return
+        for name, found in zip(step.outputs, answer, strict=True):
+            if isinstance(found, bytes):
+                facts.others[name] = found
+            elif found is not None:
+                facts.elements[name], facts.shapes[name] = found
+
+    def _proto_of(self, found: _Type) -> onnx.TypeProto:
+        proto = self._protos.get(found)
+        if proto is None:
+            proto = self._protos[found] = _as_proto(found)
+        return proto
+
+    def _ask(
         self,
-        step: _Step,
-        types: dict[str, onnx.TypeProto],
-        shapes: dict[str, Shape | None],
-        values: Mapping[str, Array],
-        strict: bool,
-    ) -> None:
-        node, serialised = step.node, step.serialised
+        node: onnx.NodeProto,
+        outputs: Sequence[str],
+        types: Mapping[str, _Type],
+        data: Mapping[str, Array],
+    ) -> list[_Type | None] | None:
+        """Types of the outputs; None where the inputs' sizes disagree."""
+        unknown: list[_Type | None] = [None] * len(outputs)
         domain = "" if node.domain == "ai.onnx" else node.domain
-        standard = contrib.as_standard(serialised)
-        if standard is not None:
-            serialised, domain = standard, ""
-        if not onnx.defs.has(serialised.op_type, domain):
-            return
-        names = [name for name in serialised.input if name]
-        for name in names:
-            if name not in types and name in values:
-                dtype = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
-                types[name] = onnx.helper.make_tensor_type_proto(dtype, values[name].shape)
-        if any(name not in types for name in names):
-            return
-        given = {name: types[name] for name in names}
+        standard = contrib.as_standard(node)
         if standard is not None:  # whose types the standard operator does not allow
-            given = {
-                name: onnx.helper.make_tensor_type_proto(1, _shape_of(t))
-                for name, t in given.items()
-            }
+            elements = types[node.input[0]][0]
+            types = {name: (1, *found[1:]) for name, found in types.items()}
+            node, domain = standard, ""
+        if not onnx.defs.has(node.op_type, domain):
+            return unknown
         try:
-            schema = onnx.defs.get_schema(serialised.op_type, self._opsets.get(domain, 1), domain)
+            schema = onnx.defs.get_schema(node.op_type, self._opsets.get(domain, 1), domain)
             inferred = onnx.shape_inference.infer_node_outputs(
                 schema,
-                serialised,
-                given,
-                {
-                    name: onnx.numpy_helper.from_array(values[name], name)
-                    for name in names
-                    if name in values and values[name].dtype.kind in "iubf"
-                },
+                node,
+                {name: self._proto_of(found) for name, found in types.items()},
+                {name: onnx.numpy_helper.from_array(array, name) for name, array in data.items()},
                 opset_imports=self._imports,
-                ir_version=max(self._model.ir_version, 4),
+                ir_version=self._ir_version,
             )
         except onnx.shape_inference.InferenceError as error:
-            if strict and _contradicts(error):
-                raise _InvalidBinding from None
-            return
+            return None if _contradicts(error) else unknown
         except Exception:  # no schema, or the node is malformed: unknown is a valid answer
-            return
-        for name, type_proto in inferred.items():
-            if standard is not None:
-                type_proto.tensor_type.elem_type = types[names[0]].tensor_type.elem_type
-            types[name] = type_proto
-            shapes[name] = _shape_of(type_proto)
+            return unknown
+        answer = [_as_type(inferred[name]) if name in inferred else None for name in outputs]
+        if standard is not None:
+            answer = [(elements, *found[1:]) if found is not None else None for found in answer]
+        return answer
 
 
 _EVALUATED = (
@@ -498,24 +529,40 @@ _EVALUATED = (
     ir.DataType.FLOAT,
     ir.DataType.UINT8,
 )
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
-def _serialise_node(node: ir.Node) -> onnx.NodeProto:
+def _elements_and_sizes(tensor: ir.TensorProtocol) -> tuple[int, tuple[int, ...]]:
+    """Of a tensor read from a file straight from there: onnx_ir makes a Shape of objects first."""
+    raw = getattr(tensor, "raw", None)
+    if isinstance(raw, onnx.TensorProto):
+        return raw.data_type, tuple(raw.dims)
+    return int(tensor.dtype), tuple([int(size) for size in tensor.shape.numpy()])
+
+
+def _serialise_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.NodeProto:
     """Raises `INVALID_MODEL` for what a file can hold and nobody can write again: text that is
     not UTF-8, attributes without a type."""
     try:
-        return ir.serde.serialize_node(node)
-    except ir.serde.SerdeError as error:
+        proto = onnx.NodeProto(
+            op_type=node.op_type, domain=node.domain, input=inputs, output=outputs
+        )
+        proto.attribute.extend(map(ir.serde.serialize_attribute, node.attributes.values()))
+    except (ir.serde.SerdeError, TypeError, ValueError) as error:
         raise refuse(
             Code.INVALID_MODEL,
             f"node {str(node_label(node))!r} is damaged: {error.__cause__ or error}",
             nodes=(str(node_label(node)),),
         ) from None
+    return proto
+
+
+_CONTROL = ("If", "Loop", "Scan")
 
 
 def bodies(node: ir.Node) -> dict[str, ir.Graph]:
     """The subgraphs of If, Loop and Scan by attribute; empty for any other node."""
-    if node.op_type not in ("If", "Loop", "Scan") or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in _CONTROL or node.domain not in ("", "ai.onnx"):
         return {}
     found = {}
     for name, attribute in node.attributes.items():
@@ -557,8 +604,9 @@ def walk(graph: ir.Graph) -> Iterator[ir.Node]:
     into every attribute of every node, which costs more than the labels of a graph)."""
     for node in graph:
         yield node
-        for body in bodies(node).values():
-            yield from walk(body)
+        if node.op_type in _CONTROL:
+            for body in bodies(node).values():
+                yield from walk(body)
 
 
 def body_inputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value | None, bool]]:
@@ -684,11 +732,19 @@ _CHECKS = {
 }
 
 
-def _shape_of(type_proto: onnx.TypeProto) -> Shape | None:
-    tensor = type_proto.tensor_type
+def _as_proto(found: _Type) -> onnx.TypeProto:
+    if isinstance(found, bytes):
+        return onnx.TypeProto.FromString(found)
+    return onnx.helper.make_tensor_type_proto(*found)
+
+
+def _as_type(proto: onnx.TypeProto) -> _Type | None:
+    tensor = proto.tensor_type
+    if not proto.HasField("tensor_type"):
+        return proto.SerializeToString() or None
     if not tensor.HasField("shape"):
-        return None
-    return tuple(
+        return tensor.elem_type, None
+    return tensor.elem_type, tuple(
         [dim.dim_value or (0 if dim.HasField("dim_value") else None) for dim in tensor.shape.dim]
     )
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.opening import node_label, release
 from secateur.graphops.model.shapes import constant_tensor
 from secateur.graphops.rules.registry import Rewrite
@@ -22,6 +23,7 @@ _LARGE = 1 << 16  # bytes of a constant that is sliced late
 Kept = dict[str, dict[int, tuple[int, ...]]]  # constant → axis → kept indices
 
 
+@uncollected()
 def cut(
     model: ir.Model, coupling: Coupling, keep: Mask, copies: Mapping[str, str]
 ) -> tuple[ir.Model, tuple[KeptTensor, ...]]:
