@@ -81,6 +81,11 @@ def page() -> str:
         lines += [f"| {domain}::{n} | {_ruled(found)} |" for n, found in known(domain).items()]
     beyond = sorted(set(ruled) - set(opsets))
     lines += [f"| {n} (as ONNX Runtime writes it) | {_ruled(ruled[n])} |" for n in beyond]
+    lines += ["", "## Other domains, without a rule on purpose", ""]
+    lines += ["| operator | reason |", "|---|---|"]
+    for (domain, name), sentence in sorted(rules.all_reasons().items()):
+        if domain:
+            lines.append(f"| {domain}::{name} | {sentence} |")
     return "\n".join(lines) + "\n"
 
 

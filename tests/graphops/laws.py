@@ -162,7 +162,8 @@ def check_operator(
     outputs = [analysis.kept(keep, value.name) for value in node.outputs]
     whole, parts = _operands(analysis, pruned, node, rewritten, keep)
     for index, axis, indices in contracted:
-        zero = whole[2] if index == 0 and node.op_type in _ZERO_POINT_AT_2 else 0
+        point = _ZERO_POINTS.get(node.op_type)
+        zero = whole[point] if index == 0 and point is not None and point < len(whole) else 0
         whole[index] = _zeroed(whole[index], axis, indices, zero)
     original = _run(source, ir.serde.serialize_node(node), whole)
     wanted = [sliced(array, kept) for array, kept in zip(original, outputs, strict=True)]
@@ -177,8 +178,12 @@ def check_operator(
     )
 
 
-# Input 2 is the integer that stands for zero in input 0.
-_ZERO_POINT_AT_2 = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
+# Operator → input with the integer that stands for zero in input 0.
+_ZERO_POINTS = {
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger"), 2),
+    "MatMulIntegerToFloat": 4,
+    "QAttention": 6,
+}
 
 
 def _zeroed(array: Array, axis: int, kept: npt.NDArray[np.intp], zero: Any) -> Array:

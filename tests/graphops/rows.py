@@ -1632,6 +1632,93 @@ def _(net: Net) -> str:
     )
 
 
+@row("QAttention", domain=MS)
+def _(net: Net) -> str:
+    x, scale, zero = _quantised(net, sequence(net))
+    step = [net.const(np.float32(0.01)), net.const(np.int8(0))]
+    operands = (x, _bytes(net, C, 96), net.floats(96), scale, step[0], "", zero, step[1])
+    y = net.op("QAttention", *operands, num_heads=4, domain=MS, name=SUBJECT)
+    return net.dense(y, 32, 3)
+
+
+@row("QEmbedLayerNormalization", domain=MS, exact=False)
+def _(net: Net) -> str:
+    ids = [net.op("Cast", net.input(n, [2, T], INT64), to=TensorProto.INT32) for n in "ts"]
+    shapes = ((11, C), (T, C), (2, C), (C,), (C,))
+    tables = [net.const(net.draw.integers(90, 160, shape).astype(np.uint8)) for shape in shapes]
+    steps = [_step(net, 0.02) for _ in shapes]
+    operands = [*ids, *tables, "", *(s for s, _ in steps), *(z for _, z in steps)]
+    y, _ = net.ops("QEmbedLayerNormalization", *operands, outputs=2, domain=MS, name=SUBJECT)
+    return sequence_end(net, y)
+
+
+@row("QLinearConcat", domain=MS)
+def _(net: Net) -> str:
+    a, b, out = _quantised(net, image(net)), _quantised(net, image(net, 12)), _step(net, 0.06)
+    y = net.op("QLinearConcat", *out, *a, *b, axis=1, domain=MS, name=SUBJECT)
+    return image_end(net, net.op("DequantizeLinear", y, *out), C + 12)
+
+
+@row("QLinearWhere", domain=MS)
+def _(net: Net) -> str:
+    which = net.op("Greater", net.input("w", [2, 1, H, H]), net.const(np.float32(0)))
+    a, b, out = _quantised(net, image(net)), _quantised(net, image(net)), _step(net)
+    y = net.op("QLinearWhere", which, *a, *b, *out, domain=MS, name=SUBJECT)
+    return image_end(net, net.op("DequantizeLinear", y, *out))
+
+
+for _form, _axis, _exact in (("another axis", 1, True), ("channels", -1, False)):
+
+    @row("QLinearSoftmax", _form, domain=MS, exact=_exact)
+    def _(net: Net, axis: int = _axis) -> str:
+        x, out = _quantised(net, sequence(net)), _step(net, 1 / 256)
+        options = {"axis": axis, "opset": 13, "domain": MS}
+        y = net.op("QLinearSoftmax", *x, *out, name=SUBJECT, **options)
+        return sequence_end(net, net.op("DequantizeLinear", y, *out))
+
+
+for _op in ("QuantizeLinear", "DequantizeLinear"):
+
+    @row(_op, "contrib, 16 bits", domain=MS)
+    def _(net: Net, op: str = _op) -> str:
+        step = [net.const(np.full(C, 1e-3, np.float32)), net.const(np.full(C, 9, np.int16))]
+        y = image(net)
+        for kind in ("QuantizeLinear", "DequantizeLinear"):
+            y = net.op(kind, y, *step, axis=1, domain=MS, name=SUBJECT if kind == op else None)
+        return image_end(net, y)
+
+
+def _n_bits(bits: int, *, flat: bool = False, zeros: bool = False, inner: int = 64) -> Build:
+    """48 columns over blocks of 16 numbers that share a scale."""
+
+    def build(net: Net) -> str:
+        blocks, wide = inner // 16, 16 * bits // 8
+        packed = net.const(net.draw.integers(0, 256, (48, blocks, wide)).astype(np.uint8))
+        scales = (0.01 + 0.01 * net.draw.random((48, blocks))).astype(np.float32)
+        operands = [sequence(net, inner), packed, net.const(scales.reshape(-1) if flat else scales)]
+        if zeros:
+            count = -(-blocks * bits // 8)
+            operands.append(net.const(net.draw.integers(0, 256, (48, count)).astype(np.uint8)))
+        options = {"N": 48, "K": inner, "bits": bits, "block_size": 16, "domain": MS}
+        y = net.op("MatMulNBits", *operands, name=SUBJECT, **options)
+        return sequence_end(net, y, 48)
+
+    return build
+
+
+rows(
+    "MatMulNBits",
+    {
+        "4 bits": _n_bits(4),
+        "8 bits, zero points": _n_bits(8, zeros=True),
+        "4 bits, packed zero points": _n_bits(4, zeros=True),
+        "4 bits, flat scales": _n_bits(4, flat=True),
+        "one block": _n_bits(4, inner=16),
+    },
+    domain=MS,
+)
+
+
 @row("DynamicQuantizeLinear", exact=False)
 def _(net: Net) -> str:
     parts = net.ops("DynamicQuantizeLinear", image(net), outputs=3, name=SUBJECT)

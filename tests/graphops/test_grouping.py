@@ -138,3 +138,35 @@ def test_heads_and_their_dimensions_exclude_each_other() -> None:
     with pytest.raises(Refused) as caught:
         Recipe(granularity=("head", "head_dim"))
     assert caught.value.refusal.code is Code.INVALID_RECIPE
+
+
+def packed(bits: int, zeros: bool) -> bytes:
+    """Dense, then 64 numbers in blocks of 16 that share a scale, to 12 columns; dense."""
+    net = Net()
+    net.domains["com.microsoft"] = 1
+    x = net.dense(net.input("x", [2, 5, 4]), 4, 64)
+    numbers = net.const(net.draw.integers(0, 256, (12, 4, 2 * bits)).astype(np.uint8))
+    operands = [x, numbers, net.floats(12, 4, low=0.01)]
+    if zeros:
+        count = 4 * bits // 8
+        operands.append(net.const(net.draw.integers(0, 256, (12, count)).astype(np.uint8)))
+    options = {"N": 12, "K": 64, "bits": bits, "block_size": 16}
+    net.output(
+        net.dense(net.op("MatMulNBits", *operands, domain="com.microsoft", **options), 12, 3)
+    )
+    return net.bytes()
+
+
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (8, True)])
+def test_packed_numbers_go_in_whole_blocks(bits: int, zeros: bool) -> None:
+    result = lawful(packed(bits, zeros), target={"channels": 0.5})
+    assert sorted((g.units, g.channels_per_unit, g.kept) for g in result.report.groups) == [
+        (4, 16, 2),
+        (12, 1, 6),
+    ]
+
+
+def test_blocks_whose_zero_points_share_a_byte_stay() -> None:
+    found = secateur.inspect(packed(4, zeros=True))
+    assert [group.units for group in found.groups] == [12]
+    assert any(frozen.code == "BLOCK" for frozen in found.frozen)

@@ -24,9 +24,10 @@ def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
 
 
 # Operators of com.microsoft that have the shapes of a standard one on some of their inputs.
-_LIKE: dict[str, tuple[str, tuple[int, ...]]] = {
-    "FusedConv": ("Conv", (0, 1)),
-    "QLinearAveragePool": ("AveragePool", (0,)),
+_LIKE = {
+    "FusedConv": ("Conv", slice(0, 2)),
+    "QLinearAveragePool": ("AveragePool", slice(0, 1)),
+    "QLinearConcat": ("Concat", slice(2, None, 3)),
 }
 
 
@@ -37,7 +38,7 @@ def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
     op_type, inputs = _LIKE[node.op_type]
     known = onnx.defs.get_schema(op_type).attributes
     standard = onnx.NodeProto(op_type=op_type, output=node.output[:1])
-    standard.input.extend(node.input[index] for index in inputs if index < len(node.input))
+    standard.input.extend(node.input[inputs])
     standard.attribute.extend(item for item in node.attribute if item.name in known)
     return standard
 
@@ -99,6 +100,14 @@ def _binary(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [tuple(y if x == 1 else x for x, y in zip(longer, padded, strict=True))]
 
 
+def _where(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    return _broadcast(node, [inputs[0], inputs[1], inputs[4]])
+
+
+def _n_bits(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    return [(*(inputs[0] or ())[:-1], _int(node, "N"))]
+
+
 def _broadcast(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     if any(shape is None or None in shape for shape in inputs):
         return [None]
@@ -139,11 +148,35 @@ _CONTRIB: _Table = {
     "MultiHeadAttention": _attention,
     "GroupQueryAttention": _attention,
     "Attention": _packed_attention,
+    "QAttention": _packed_attention,
+    "MatMulNBits": _n_bits,
+    "QuantizeLinear": _first,
+    "DequantizeLinear": _first,
+    "QLinearSoftmax": _first,
+    "QLinearWhere": _where,
     "EmbedLayerNormalization": _embed,
+    "QEmbedLayerNormalization": _embed,
     "QLinearAdd": _binary,
     "QLinearMul": _binary,
     "QLinearGlobalAveragePool": _global_pool,
 }
+
+
+# Operators of com.microsoft whose outputs have the elements of another input than the first.
+_ELEMENTS = {
+    "EmbedLayerNormalization": 2,
+    "QEmbedLayerNormalization": 8,
+    "MatMulIntegerToFloat": 2,
+    "QAttention": 3,
+    "QuantizeLinear": 2,
+    "DequantizeLinear": 1,
+    "QLinearWhere": 1,
+}
+
+
+def elements_from(node: ir.Node) -> int:
+    """Index of the input whose elements the outputs have."""
+    return _ELEMENTS.get(node.op_type, 0) if node.domain == "com.microsoft" else 0
 
 
 def _table(domain: str) -> _Table:

@@ -22,6 +22,7 @@ _READERS: dict[str, tuple[int, int | None, int]] = {
     "MatMulInteger": (1, None, 3),
     "MatMulIntegerToFloat": (1, 3, 5),
     "DynamicQuantizeMatMul": (1, 2, 3),
+    "QAttention": (1, 4, 7),
 }
 
 

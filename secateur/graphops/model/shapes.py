@@ -414,7 +414,7 @@ class _Skeleton:
         inferred = contrib.infer(step.node, inputs)
         if inferred is None:
             return False
-        source = facts.type_of(step.inputs[0])
+        source = facts.type_of(step.inputs[contrib.elements_from(step.node)])
         elements = source[0] if isinstance(source, tuple) else onnx.TensorProto.FLOAT
         if step.op_type in contrib.COMPARISONS:
             elements = onnx.TensorProto.BOOL
@@ -497,7 +497,7 @@ class _Skeleton:
         domain = "" if node.domain == "ai.onnx" else node.domain
         standard = contrib.as_standard(node)
         if standard is not None:  # whose types the standard operator does not allow
-            elements = types[node.input[0]][0]
+            elements = types[standard.input[0]][0]
             types = {name: (1, *found[1:]) for name, found in types.items()}
             node, domain = standard, ""
         if not onnx.defs.has(node.op_type, domain):

@@ -155,8 +155,17 @@ def _join_bias(
 
 def couple_packed(flow: Flow, node: ir.Node) -> None:
     """com.microsoft Attention: X (batch, sequence, I) · W (I, q + k + v) + B, then heads."""
-    x, weight, bias = node.inputs[0], node.inputs[1], operand(node, 2)
-    if x is None or weight is None or rank(flow, x) != 3 or operand(node, 4) is not None:
+    _couple_packed(flow, node, past=4, vectors=(2,))
+
+
+def couple_packed_quantised(flow: Flow, node: ir.Node) -> None:
+    """QAttention: as Attention, with scales and zero points."""
+    _couple_packed(flow, node, past=8, vectors=(2, 4, 7))
+
+
+def _couple_packed(flow: Flow, node: ir.Node, past: int, vectors: Sequence[int]) -> None:
+    x, weight = node.inputs[0], node.inputs[1]
+    if x is None or weight is None or rank(flow, x) != 3 or operand(node, past) is not None:
         return freeze_all(flow, node, "UNSUPPORTED_FORM", "past states")
     count = integer(node, "num_heads", 1)
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
@@ -164,8 +173,10 @@ def couple_packed(flow: Flow, node: ir.Node) -> None:
     flow.join(node, _line(flow, x, 2), _line(flow, weight, 0))
     flow.contract(node, 0, 2)
     columns = _line(flow, weight, 1)
-    if bias is not None:
-        flow.join(node, columns, _line(flow, bias, 0))
+    for index in vectors:
+        vector = operand(node, index)
+        if vector is not None and flow.shape(vector) == columns.shape:
+            flow.join(node, columns, _line(flow, vector, 0))
     sizes = integers(node, "qkv_hidden_sizes") or [columns.size // 3] * 3
     parts = [p.reshape(count, -1) for p in np.split(columns, np.cumsum(sizes)[:2])]
     query_heads, _ = couple_heads(flow, node, *parts)
@@ -277,6 +288,15 @@ register(
     rewrite=rewrite_packed,
     macs=macs_packed,
     reads=(0, 1, 2),
+    domain=CONTRIB,
+)
+register(
+    "QAttention",
+    "attention",
+    couple_packed_quantised,
+    rewrite=rewrite_packed,
+    macs=macs_packed,
+    reads=(0, 1, 2, 4, 7),
     domain=CONTRIB,
 )
 register(

@@ -181,32 +181,32 @@ def couple_convolution(
     for axis in range(2, rank(flow, x) or 2):
         flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
-    own = _line(flow, w, out_axis, shape[out_axis] or 0)
-    shared = _line(flow, w, 1 - out_axis, shape[1 - out_axis] or 0)
+    own = line(flow, w, out_axis, shape[out_axis] or 0)
+    shared = line(flow, w, 1 - out_axis, shape[1 - out_axis] or 0)
     if groups == 1:
-        flow.join(node, _line(flow, x, 1, shared.size), shared)
+        flow.join(node, line(flow, x, 1, shared.size), shared)
         flow.contract(node, 0, 1)
         result = own
     elif out_axis == 0:
         # W (g·o, c): its axis 0 is the result's, its axis 1 the inputs of each group.
         result = own
-        inputs = _line(flow, x, 1, shared.size * groups)
+        inputs = line(flow, x, 1, shared.size * groups)
         _couple_groups(flow, node, inputs, result, groups, (0, shared))
     else:
         # W (g·c, o): its axis 0 runs with X, its axis 1 is the outputs of each group.
-        flow.join(node, _line(flow, x, 1, shared.size), shared)
+        flow.join(node, line(flow, x, 1, shared.size), shared)
         result = flow.loose(own.size * groups)
         _couple_groups(flow, node, shared, result, groups, (1, own))
     for index in (*([] if bias is None else [bias]), *vectors):
         vector = operand(node, index)
         if vector is not None and flow.shape(vector) == (result.size,) != (1,):
-            flow.join(node, _line(flow, vector, 0, result.size), result)
+            flow.join(node, line(flow, vector, 0, result.size), result)
     if result.any():
         flow.set(node.outputs[0], (Block((1,), result),))
     return None
 
 
-def _line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
+def line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
     """The labels along an axis, FIXED where it is bare."""
     labels = flow.axis(value, axis)
     return np.zeros(size, np.int32) if labels is None else labels

@@ -102,3 +102,4 @@ register("Cast", "unary", couple_unary, rewrite=rewrite_cast, reads=(0,))
 register("CastLike", "unary", couple_unary)  # the second input says only a type
 register(BROADCASTING, "broadcast", couple_broadcast)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
+register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain="com.microsoft")

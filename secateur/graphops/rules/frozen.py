@@ -1,4 +1,4 @@
-"""Operators of ai.onnx that have no rule on purpose: whatever reaches them stays whole.
+"""Operators that have no rule on purpose: whatever reaches them stays whole.
 
 Each sentence is what a report says of a channel that such an operator keeps.
 """
@@ -45,3 +45,32 @@ explain(
 )
 explain("SwiGLU", "ONNX Runtime does not run it yet, so that no cut through it could be verified")
 explain("Scan", "before opset 9 it scans a batch of sequences, each of its own length")
+
+CONTRIB = "com.microsoft"
+explain(
+    "BiasAdd BiasSplitGelu GroupNorm NhwcConv SkipGroupNorm",
+    "ONNX Runtime runs it on GPUs only, so that no cut through it could be verified",
+    domain=CONTRIB,
+)
+explain(
+    "BeamSearch GreedySearch Sampling WhisperBeamSearch",
+    "it holds whole models as subgraphs, and ties their sizes to its own attributes",
+    domain=CONTRIB,
+)
+explain(
+    "DecoderMaskedMultiHeadAttention PackedAttention PackedMultiHeadAttention PagedAttention "
+    "SparseAttention",
+    "it ties its heads to caches that come from outside",
+    domain=CONTRIB,
+)
+explain(
+    "GatherBlockQuantized MatMulBnb4 MatMulFpQ4",
+    "its numbers are packed in blocks that run over rows",
+    domain=CONTRIB,
+)
+explain("MoE QMoE", "it holds several layers, chosen by data, in one node", domain=CONTRIB)
+explain(
+    "DynamicQuantizeLSTM",
+    "its gates are packed side by side in integers whose scales are shared",
+    domain=CONTRIB,
+)

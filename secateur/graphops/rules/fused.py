@@ -103,7 +103,7 @@ register(
     domain=CONTRIB,
 )
 register(
-    "EmbedLayerNormalization",
+    "EmbedLayerNormalization QEmbedLayerNormalization",
     "normalisation",
     couple_embed_norm,
     reads=(2, 3, 4, 5, 6),

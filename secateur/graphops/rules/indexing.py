@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -134,24 +136,28 @@ def rewrite_split(surgeon: Surgeon, node: ir.Node) -> None:
 
 def couple_concat(flow: Flow, node: ir.Node) -> None:
     """Labels one after another along the axis; along the others the operands run together."""
+    couple_joined(flow, node, range(len(node.inputs)))
+
+
+def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
+    """A Concat of some of the inputs."""
     shape = flow.shape(node.outputs[0])
-    moving = [value for value in node.inputs if value and value.name not in flow.constants]
+    values = [value for value in (node.inputs[index] for index in indices) if value]
+    moving = [value for value in values if value.name not in flow.constants]
     if moving and not any(flow.blocks(value) for value in moving):
         flow.hold(node)
         return
     if shape is None:
-        for value in node.inputs:
+        for value in values:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     axis = integer(node, "axis", 1) % len(shape)
-    joint = _concat_joint(flow, node, axis)
+    joint = _concat_joint(flow, values, axis)
     if joint is not None:
         flow.set(node.outputs[0], joint)
         return
     parts: list[Labels] = []
-    for value in node.inputs:
-        if value is None:
-            continue
+    for value in values:
         size = (flow.shape(value) or {axis: None})[axis]
         if size is None:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the size is not known")
@@ -164,14 +170,14 @@ def couple_concat(flow: Flow, node: ir.Node) -> None:
         parts.append(np.zeros(size, np.int32) if along is None else along)
     letters = [None if other == axis else other for other in range(len(shape))]
     joined = np.concatenate(parts)
-    others = _meet_without(flow, node, letters, axis)
+    others = _meet_without(flow, node, indices, letters, axis)
     flow.set(node.outputs[0], others + single(axis, joined))
 
 
-def _concat_joint(flow: Flow, node: ir.Node, axis: int) -> Blocks | None:
+def _concat_joint(flow: Flow, values: Sequence[ir.Value], axis: int) -> Blocks | None:
     """Operands that all carry one joint block over the same axes, `axis` among them: the halves
     of rotary embeddings (heads × head size). None where that is not so."""
-    carried = [flow.blocks(value) for value in node.inputs if value is not None]
+    carried = [flow.blocks(value) for value in values]
     if any(len(blocks) != 1 or axis not in blocks[0].axes for blocks in carried):
         return None
     axes = carried[0][0].axes
@@ -181,12 +187,15 @@ def _concat_joint(flow: Flow, node: ir.Node, axis: int) -> Blocks | None:
     return (Block(axes, labels),)
 
 
-def _meet_without(flow: Flow, node: ir.Node, letters: list[int | None], axis: int) -> Blocks:
+def _meet_without(
+    flow: Flow, node: ir.Node, indices: Sequence[int], letters: list[int | None], axis: int
+) -> Blocks:
     """What holds along the axes that are not joined end to end."""
-    saved = {str(v.name): flow.blocks(v) for v in node.inputs if v is not None}
+    present = [(index, value) for index in indices if (value := node.inputs[index]) is not None]
+    saved = {str(value.name): flow.blocks(value) for _, value in present}
     for name, blocks in saved.items():
         flow.blocks_of[name] = tuple(block for block in blocks if axis not in block.axes)
-    operands = [(index, letters) for index, value in enumerate(node.inputs) if value is not None]
+    operands = [(index, letters) for index, _ in present]
     result = flow.meet(node, operands, [-1 if x is None else x for x in letters])
     flow.blocks_of.update(saved)
     return result

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow, Letter
+from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
-from secateur.graphops.rules import contraction, spatial
+from secateur.graphops.rules import contraction, indexing, reduction, spatial
 from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -103,16 +105,85 @@ def macs_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
 
 def couple_binary(flow: Flow, node: ir.Node) -> None:
     """QLinearAdd and QLinearMul: operands 0 and 3, aligned at the right."""
+    _couple_aligned(flow, node, (0, 3))
+
+
+def couple_where(flow: Flow, node: ir.Node) -> None:
+    """QLinearWhere: the condition, then operands 1 and 4, aligned at the right."""
+    _couple_aligned(flow, node, (0, 1, 4))
+
+
+def _couple_aligned(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     size = rank(flow, node.outputs[0])
-    ranks = [rank(flow, node.inputs[index]) for index in (0, 3)]
+    ranks = [rank(flow, node.inputs[index]) for index in indices]
     if size is None or None in ranks:
         return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
     operands: Operands = [
-        (index, letters[size - (r or 0) :]) for index, r in zip((0, 3), ranks, strict=True)
+        (index, letters[size - (r or 0) :]) for index, r in zip(indices, ranks, strict=True)
     ]
     flow.set(node.outputs[0], flow.meet(node, operands, letters))
     return None
+
+
+def couple_concat(flow: Flow, node: ir.Node) -> None:
+    """QLinearConcat: the result's scale and zero point, then operands, each with its own."""
+    indexing.couple_joined(flow, node, range(2, len(node.inputs), 3))
+
+
+def couple_softmax(flow: Flow, node: ir.Node) -> None:
+    """QLinearSoftmax says in an attribute which opset's Softmax it is."""
+    reduction.couple_compared(flow, node, old=integer(node, "opset", 13) < 13)
+
+
+# MatMulNBits multiplies by B (N, K) whose numbers are packed in blocks along K, each block with a
+# scale (and a zero point) of its own:
+#
+#     B (N, K / block, bytes of a block), scales and zero points (N, K / block) or flat, bias (N)
+
+
+def couple_n_bits(flow: Flow, node: ir.Node) -> None:
+    """Columns go one by one; what is summed over goes in whole blocks, where no two blocks share
+    a byte or an axis."""
+    x, b, scales = node.inputs[:3]
+    size, shape = rank(flow, x), flow.shape(b)
+    if x is None or b is None or scales is None or not size or shape is None or len(shape) != 3:
+        return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+    if integer(node, "weight_prepacked", 0) or operand(node, 4) is not None:
+        return contraction.freeze_all(flow, node, "UNSUPPORTED_FORM", "a weight in another order")
+    columns, blocks = shape[0] or 0, shape[1] or 0
+    own = contraction.line(flow, b, 0, columns)
+    for index in (2, 3, 5):
+        vector = operand(node, index)
+        if vector is not None:
+            wide = (flow.shape(vector) or (0,))[0] or 0
+            line = contraction.line(flow, vector, 0, wide).reshape(columns, -1)
+            flow.join(node, line, np.broadcast_to(own[:, None], line.shape))
+    flow.freeze_axis(b, 2, node, "BLOCK", "the numbers of one block")
+    last = size - 1
+    along = contraction.line(flow, x, last, integer(node, "K", 0))
+    parts = [value for value in (b, scales, operand(node, 3)) if value is not None]
+    if (
+        all((flow.shape(part) or ())[1:2] == (blocks,) for part in parts)
+        and not along.size % blocks
+    ):
+        rows = along.reshape(blocks, -1)
+        for part in parts:
+            line = contraction.line(flow, part, 1, blocks)
+            flow.join(node, rows, np.broadcast_to(line[:, None], rows.shape))
+        flow.contract(node, 0, last)
+    else:
+        for value, axis in ((x, last), *((part, 1) for part in parts)):
+            flow.freeze_axis(value, axis, node, "BLOCK", "blocks that share a byte or an axis")
+    others = tuple(block for block in flow.blocks(x) if last not in block.axes)
+    return flow.set(node.outputs[0], others + single(last, own))
+
+
+def rewrite_n_bits(surgeon: Surgeon, node: ir.Node) -> None:
+    """N and K say the sizes."""
+    for name, value in (("K", node.inputs[0]), ("N", node.outputs[0])):
+        if surgeon.changed(value):
+            surgeon.set_integer(node, name, surgeon.size(value, len(surgeon.shape(value)) - 1))
 
 
 def couple_unary(flow: Flow, node: ir.Node) -> None:
@@ -178,5 +249,16 @@ register(
     "quantised",
     spatial.couple_pool,
     reads=(0,),
+    domain=CONTRIB,
+)
+register("QLinearWhere", "quantised", couple_where, reads=(0, 1, 4), domain=CONTRIB)
+register("QLinearConcat", "quantised", couple_concat, domain=CONTRIB)
+register("QLinearSoftmax", "quantised", couple_softmax, reads=(0,), domain=CONTRIB)
+register(
+    "MatMulNBits",
+    "quantised",
+    couple_n_bits,
+    rewrite=rewrite_n_bits,
+    macs=macs_matmul,
     domain=CONTRIB,
 )

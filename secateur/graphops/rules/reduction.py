@@ -48,10 +48,14 @@ def couple_inexact(flow: Flow, node: ir.Node) -> None:
 
 def couple_softmax(flow: Flow, node: ir.Node) -> None:
     """Labels pass; along `axis` (before opset 13: from it on) positions are compared."""
+    couple_compared(flow, node, old=flow.opset(node) < 13)
+
+
+def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
+    """A Softmax as defined before opset 13, or since."""
     value, size = node.inputs[0], rank(flow, node.inputs[0])
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
-    old = flow.opset(node) < 13
     axis = integer(node, "axis", 1 if old else -1) % max(size, 1)
     for other in range(axis, size if old else axis + 1):
         if flow.axis(value, other) is not None:

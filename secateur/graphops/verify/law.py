@@ -34,8 +34,12 @@ from secateur.graphops.verify.runtime import open_session
 from secateur.result import Result
 
 _WHERE_SINCE = 9  # the first opset with Where
-# Their input 2 is the zero point of input 0: the integer that stands for zero.
-_QUANTISED = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
+# Operator → index of its first input's zero point: the integer that stands for zero.
+_ZERO_POINTS = {
+    **dict.fromkeys(["QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger"], 2),
+    "MatMulIntegerToFloat": 4,
+    "QAttention": 6,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,11 @@ def _reference(
             continue
         seen.add(place)
         rank = _rank(contraction, coupling)
-        if contraction.exact and node.op_type in _QUANTISED:
+        if contraction.exact and node.op_type in _ZERO_POINTS:
             if contraction.index == 0:  # zeroing one operand is enough
-                builder.zero(node, 0, contraction.axis, rank, mask, zero_point=node.inputs[2])
+                at = _ZERO_POINTS[node.op_type]
+                zero_point = node.inputs[at] if at < len(node.inputs) else None
+                builder.zero(node, 0, contraction.axis, rank, mask, zero_point)
         elif contraction.exact:
             builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
