@@ -140,6 +140,17 @@ def _targets(texts: list[str] | None) -> dict[str, str] | None:
     return targets
 
 
+def _ids(file: pathlib.Path | None) -> list[int] | None:
+    """Numbers in a file; they may stand in a JSON list."""
+    if file is None:
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+        return [int(word) for word in text.translate(str.maketrans("[],", "   ")).split()]
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--vocabulary") from None
+
+
 def _kinds(text: str | None) -> list[str] | None:
     return None if text is None else [kind.strip() for kind in text.split(",") if kind.strip()]
 
@@ -210,6 +221,10 @@ def prune(
             "--sparse-initializers", help="Store sparse weights as such where that is smaller."
         ),
     ] = None,
+    vocabulary: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FILE", help="Ids of the tokens that are kept, by white space."),
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(metavar="int8|int8-dynamic|fp16", help="Quantise what is left."),
@@ -251,6 +266,7 @@ def prune(
         "sparsity": sparsity,
         "weight_criterion": weight_criterion,
         "sparse_initializers": sparse_initializers,
+        "vocabulary": _ids(vocabulary),
         "quantize": quantize,
         "seed": seed,
     }

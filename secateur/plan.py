@@ -65,7 +65,8 @@ class Plan(BaseModel):
     Attributes:
         version: of this format.
         source: SHA-256 (hex) of the original model's bytes.
-        recipe: what was asked.
+        recipe: what was asked; its vocabulary is taken before all that follows, which does not
+            name the rows that went with it.
         removed: regions that went, before anything else.
         factored: products that were split, before anything was cut.
         kept: one entry per changed tensor, in the result's order. The source of a tensor that

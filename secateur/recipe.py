@@ -107,6 +107,8 @@ class Recipe(BaseModel):
             `second_order`, which updates the weights that stay; the last two need calibration
             data. None: `second_order` with calibration data, else `magnitude`.
         sparse_initializers: store sparse weights as such where that takes fewer bytes.
+        vocabulary: ids of the tokens that are kept, in the order of their new ids; None: all.
+            Embeddings and heads lose the rows of the others, before anything else goes.
         quantize: what is left to `int8` (QDQ, scales from calibration data), `int8_dynamic`
             (scales at run time) or `fp16`.
         seed: of everything random. Same input, recipe, seed and version: same bytes.
@@ -127,6 +129,7 @@ class Recipe(BaseModel):
     sparsity: str | None = None
     weight_criterion: WeightCriterion | None = None
     sparse_initializers: bool = False
+    vocabulary: tuple[int, ...] | None = None
     quantize: Quantize | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -151,6 +154,19 @@ class Recipe(BaseModel):
             return None
         Pattern.parse(str(value))
         return str(value)
+
+    @pydantic.field_validator("vocabulary")
+    @classmethod
+    def _check_vocabulary(cls, ids: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if ids is not None and (not ids or min(ids) < 0 or len(set(ids)) < len(ids)):
+            raise refuse(
+                Code.INVALID_RECIPE,
+                "vocabulary is the ids of the tokens that are kept, each once",
+                nodes=("vocabulary",),
+                expected="at least one id, none below 0 and none twice",
+                found=f"{len(ids)} ids, {len(set(ids))} different",
+            )
+        return ids
 
     @pydantic.field_validator("quantize", mode="before")
     @classmethod

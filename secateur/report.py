@@ -336,6 +336,8 @@ class Report(_Value):
         frozen: reasons for which channels stayed.
         removed: regions that went whole, in the order in which they were chosen.
         factored: matrix products that were split, in graph order.
+        vocabulary: the original's id of each token that is left, by its new id; empty where none
+            went.
         divisions: of the budget between regions, ranks and units, by how many regions and
             products; empty unless units and one of the others might go.
         sensitivity: of each group that was tried, where the scope was measured.
@@ -354,6 +356,7 @@ class Report(_Value):
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...] = ()
     factored: tuple[Factored, ...] = ()
+    vocabulary: tuple[int, ...] = ()
     divisions: tuple[Division, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()

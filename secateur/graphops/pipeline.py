@@ -56,9 +56,11 @@ from secateur.graphops.regions import find as found
 from secateur.graphops.repair.repair import make_room, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
+from secateur.graphops.surgery import vocabulary
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.surgery.split import split
+from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.accuracy import Scored
 from secateur.graphops.verify.examples import example_feeds
@@ -139,7 +141,7 @@ class _Clock:
 class _Analysed:
     """An opened model with everything that does not depend on a target.
 
-    Where regions have gone, `params`, `macs` and `nonzero` are still of the original.
+    Where regions or tokens have gone, `params`, `macs` and `nonzero` are still of the original.
     """
 
     opened: OpenedModel
@@ -202,7 +204,10 @@ def prune(
     before, after = done.before, done.after
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
-        samples = checks.run_original(done.source, done.feeds, calibration is not None)
+        feeds = done.feeds if done.known is None else [done.known.old(f) for f in done.feeds]
+        samples = checks.run_original(done.source, feeds, calibration is not None)
+        if done.known is not None:
+            samples = checks.without_tokens(samples, done.known)
         verification = checks.verify(done.serialised.runnable, samples, done.held_back)
         stages = _stage_drift(done, samples, verification)
         del samples
@@ -220,6 +225,7 @@ def prune(
         frozen=done.frozen,
         removed=done.removed,
         factored=done.factored,
+        vocabulary=() if done.known is None else tuple(done.known.ids.tolist()),
         divisions=done.divisions,
         sensitivity=done.sensitivity,
         repair=done.repair,
@@ -242,6 +248,7 @@ class _Done:
 
     source: bytes | str
     aside: WeightsFile | None  # the source refers to it
+    known: Vocabulary | None  # the tokens that are kept; feeds are in their new ids
     serialised: Serialised
     unquantised: Serialised | None
     plan: Plan
@@ -295,6 +302,11 @@ def _cut(
     recipe_asked, recipe = recipe, recipe.settled(samples is not None)
     with clock.stage(Stage.COUPLING, f"{len(opened.model.graph)} nodes"):
         analysed = _analyse(opened, samples, recipe)
+        known = None
+        if recipe.vocabulary is not None:
+            known, analysed, samples = _keep_tokens(analysed, recipe, samples)
+            if scored is not None:
+                raise _labels_count_tokens()
     with one_blas_thread():
         choice = _choose(analysed, recipe, samples, plan, clock)
         structure, decision = choice.structure, choice.decision
@@ -306,7 +318,7 @@ def _cut(
             with clock.stage(Stage.REPAIR, "refitting what is left"):
                 tell = functools.partial(clock.tell, Stage.REPAIR)
                 batches = decision.observed.batches
-                original = Observed(opened.model, rest.coupling, batches, recipe.seed)
+                original = Observed(analysed.opened.model, rest.coupling, batches, recipe.seed)
                 steps = repair(pruned, original, decision.keep, recipe.seed, tell)
         sparse_weights: tuple[SparseWeight, ...] = ()
         if recipe.sparsity is not None:
@@ -339,6 +351,7 @@ def _cut(
     return _Done(
         source=_runnable(model, opened) if aside is None else str(model_beside(aside)),
         aside=aside,
+        known=known,
         serialised=serialised,
         unquantised=unquantised,
         plan=Plan(
@@ -362,6 +375,34 @@ def _cut(
         held_back=samples is not None and samples.held_back,
         sample=_one_sample(analysed, feeds[0]),
         scored=scored,
+    )
+
+
+def _keep_tokens(
+    analysed: _Analysed, recipe: Recipe, samples: Samples | None
+) -> tuple[Vocabulary, _Analysed, Samples | None]:
+    """The model, and the samples, of the tokens that are kept."""
+    opened, shapes = analysed.opened, analysed.coupling.shapes
+    known = vocabulary.find(opened.model, shapes, recipe.vocabulary or (), recipe.ignore)
+    if samples is not None:
+        samples = replace(
+            samples,
+            seen=tuple(known.new(feeds) for feeds in samples.seen),
+            judged=tuple(known.new(feeds) for feeds in samples.judged),
+        )
+    opened = replace(opened, model=known.cut(opened.model))
+    coupling = couple(opened.model, _shapes(opened, samples), recipe)
+    return known, replace(analysed, opened=opened, coupling=coupling), samples
+
+
+def _labels_count_tokens() -> Refused:
+    return refuse(
+        Code.INVALID_RECIPE,
+        "labels count in the original's tokens, and the vocabulary renumbers them",
+        nodes=("vocabulary",),
+        expected="labels or vocabulary",
+        found="both",
+        hint="Score the result with the id map of the report.",
     )
 
 

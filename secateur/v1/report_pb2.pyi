@@ -133,7 +133,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions", "factored")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions", "factored", "vocabulary")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class Report(_message.Message):
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
     DIVISIONS_FIELD_NUMBER: _ClassVar[int]
     FACTORED_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -171,7 +172,8 @@ class Report(_message.Message):
     accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
     divisions: _containers.RepeatedCompositeFieldContainer[Division]
     factored: _containers.RepeatedCompositeFieldContainer[Factored]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ..., factored: _Optional[_Iterable[_Union[Factored, _Mapping]]] = ...) -> None: ...
+    vocabulary: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ..., factored: _Optional[_Iterable[_Union[Factored, _Mapping]]] = ..., vocabulary: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Factored(_message.Message):
     __slots__ = ("node", "inputs", "outputs", "rank", "error")

@@ -96,7 +96,9 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
         "logits",
     ]
     flags += ["--round-to", "4", "--seed", "7", "--no-repair", "--quantize", "int8-dynamic"]
-    flags += ["--sparsity", "2:4", "--weight-criterion", "wanda"]
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text("[5, 0,\n 12]")
+    flags += ["--sparsity", "2:4", "--weight-criterion", "wanda", "--vocabulary", str(tokens)]
     done = run("prune", CNN, "-o", out, "--recipe", recipe, "--save-plan", plan, *flags[:4])
     assert done.exit_code == 0, done.output
     wanted = secateur.Recipe(target={"channels": 0.6, "params": 0.8}, criterion="l1", seed=3)
@@ -111,6 +113,7 @@ def test_flags_reach_the_recipe(run: Run, out: pathlib.Path, tmp_path: pathlib.P
         granularity=("channel", "head_dim", "weight"),
         sparsity="2:4",
         weight_criterion="wanda",
+        vocabulary=(5, 0, 12),
         quantize="int8_dynamic",
         grouped="whole",
         scope="global",
@@ -168,6 +171,7 @@ def test_report_page_escapes_names(result: secateur.Result) -> None:
         ["prune", CNN, "-o", "{folder}/x", "--target", "macs=0.5", "--target", "macs=0.4"],
         ["prune", CNN, "-o", "{folder}/x", "--plan", "p.json", "--seed", "1"],
         ["prune", CNN, "-o", "{folder}/x", "--round-to", "many"],
+        ["prune", CNN, "-o", "{folder}/x", "--vocabulary", "{folder}/copy.onnx"],
         ["inspect"],
         ["nonsense"],
         ["serve", "--listen", "0.0.0.0:0"],

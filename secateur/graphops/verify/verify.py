@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import scipy.special
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Feeds, sample_count
+from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify.runtime import does_not_run, first_line, open_session
 from secateur.report import Drift, Verification
 
@@ -51,6 +52,27 @@ def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: b
         raise does_not_run(error, feeds[0] if feeds else {}) from None
     names = tuple(output.name for output in session.get_outputs())
     return Samples(tuple(feeds), outputs, names, signature(session), from_calibration)
+
+
+def without_tokens(samples: Samples, vocabulary: Vocabulary) -> Samples:
+    """The same for a model that knows fewer tokens: its feeds, and answers for what it knows."""
+    kept = [name in vocabulary.outputs for name in samples.names]
+    sizes = dict.fromkeys(vocabulary.outputs, vocabulary.ids.size)
+    return replace(
+        samples,
+        feeds=tuple(vocabulary.new(feed) for feed in samples.feeds),
+        outputs=tuple(
+            [
+                np.take(array, vocabulary.ids, -1) if of_tokens else array
+                for array, of_tokens in zip(arrays, kept, strict=True)
+            ]
+            for arrays in samples.outputs
+        ),
+        signature=tuple(
+            (name, kind, (*shape[:-1], sizes[name]) if name in sizes else shape)
+            for name, kind, shape in samples.signature
+        ),
+    )
 
 
 def verify(model: bytes | str, samples: Samples, held_back: bool = False) -> Verification:
