@@ -281,7 +281,7 @@ def test_tokens_and_certificates_change_without_a_restart(
                 return False
 
     def known(name: str) -> bool:
-        with secateur.Client(server.address, 20, tls=Tls(old.pem), token=TOKENS[name][0]) as client:
+        with secateur.Client(server.address, 60, tls=Tls(old.pem), token=TOKENS[name][0]) as client:
             try:
                 return bool(client.inspect(cnn).groups)
             except secateur.ServerError:
@@ -302,7 +302,7 @@ def test_tokens_and_certificates_change_without_a_restart(
         new.issue("server")
         assert health(new)
         assert not health(old, 1.0)
-        assert client.inspect(cnn, timeout=20).groups
+        assert client.inspect(cnn, timeout=60).groups
 
 
 def test_what_is_reloaded_keeps_its_last_good_state(
