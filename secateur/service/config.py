@@ -141,7 +141,7 @@ class ServerConfig(BaseModel):
         "az://… or file:///FOLDER.",
     )
     jobs_per_worker: int = Field(
-        64,
+        1000,
         ge=1,
         description="Jobs after which a worker process is replaced. 1 isolates jobs from one "
         "another, for a second of imports each.",

@@ -213,6 +213,8 @@ class WorkerPool:
                 await stack.enter_async_context(self._slots)
             stack.enter_context(telemetry.JOBS_RUNNING.track_inprogress())
             worker = await self._take(client)
+            if worker.jobs + 1 >= self._config.jobs_per_worker and not self._idle:
+                self._background(self._spare())  # imports while this one does its last job
             guard = Guard(worker.pid, worker.home, self._config)
             clean = False
             try:
@@ -244,7 +246,8 @@ class WorkerPool:
 
     def _may_stay(self, worker: Worker) -> bool:
         # spares may have made one too many
-        few = len(self._all) <= self._config.workers
+        staying = sum(one.jobs < self._config.jobs_per_worker for one in self._all)
+        few = staying <= self._config.workers
         return few and worker.jobs < self._config.jobs_per_worker and not self._closed
 
     async def _take(self, client: str) -> Worker:

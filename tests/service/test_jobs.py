@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -317,6 +318,20 @@ def test_an_idle_worker_that_dies_is_replaced(server: Server, cnn: pathlib.Path)
     wait_for(lambda: worker not in server.workers())
     with secateur.Client(server.address) as client:
         assert client.inspect(cnn)
+
+
+def test_the_next_worker_starts_while_one_does_its_last_job(
+    own_server: Callable[..., Server], cnn: pathlib.Path
+) -> None:
+    server = own_server("--jobs-per-worker", "2")
+    first = server.idle_worker()
+    with secateur.Client(server.address) as client:
+        client.inspect(cnn)
+        assert server.workers() == [first]
+        seen: list[list[int]] = []
+        client.prune(cnn, HALF, progress=lambda step: seen.append(server.workers()))
+    assert max(len(workers) for workers in seen if first in workers) == 2
+    assert server.idle_worker() != first
 
 
 def test_jobs_leave_no_files(server: Server, client: secateur.Client) -> None:
