@@ -157,16 +157,26 @@ def packed(bits: int, zeros: bool) -> bytes:
     return net.bytes()
 
 
-@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (8, True)])
-def test_packed_numbers_go_in_whole_blocks(bits: int, zeros: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "zeros", "units", "width"), [(4, False, 4, 16), (8, True, 4, 16), (4, True, 2, 32)]
+)
+def test_packed_numbers_go_in_whole_blocks(bits: int, zeros: bool, units: int, width: int) -> None:
+    """Zero points of 4 bits share a byte: their blocks go in pairs."""
     result = lawful(packed(bits, zeros), target={"channels": 0.5})
     assert sorted((g.units, g.channels_per_unit, g.kept) for g in result.report.groups) == [
-        (4, 16, 2),
+        (units, width, units // 2),
         (12, 1, 6),
     ]
 
 
-def test_blocks_whose_zero_points_share_a_byte_stay() -> None:
-    found = secateur.inspect(packed(4, zeros=True))
+def test_blocks_that_do_not_fill_their_axis_stay() -> None:
+    net = Net()
+    net.domains["com.microsoft"] = 1
+    x = net.dense(net.input("x", [2, 5, 4]), 4, 56)  # the last of four blocks is half empty
+    numbers = net.const(net.draw.integers(0, 256, (12, 4, 8)).astype(np.uint8))
+    options = {"N": 12, "K": 56, "bits": 4, "block_size": 16, "domain": "com.microsoft"}
+    y = net.op("MatMulNBits", x, numbers, net.floats(12, 4, low=0.01), **options)
+    net.output(net.dense(y, 12, 3))
+    found = secateur.inspect(net.bytes())
     assert [group.units for group in found.groups] == [12]
     assert any(frozen.code == "BLOCK" for frozen in found.frozen)

@@ -143,8 +143,8 @@ def couple_softmax(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_n_bits(flow: Flow, node: ir.Node) -> None:
-    """Columns go one by one; what is summed over goes in whole blocks, where no two blocks share
-    a byte or an axis."""
+    """Columns go one by one. What is summed over goes in whole blocks, or in as many as have their
+    zero points in one byte."""
     x, b, scales = node.inputs[:3]
     size, shape = rank(flow, x), flow.shape(b)
     if x is None or b is None or scales is None or not size or shape is None or len(shape) != 3:
@@ -162,19 +162,19 @@ def couple_n_bits(flow: Flow, node: ir.Node) -> None:
     flow.freeze_axis(b, 2, node, "BLOCK", "the numbers of one block")
     last = size - 1
     along = contraction.line(flow, x, last, integer(node, "K", 0))
-    parts = [value for value in (b, scales, operand(node, 3)) if value is not None]
-    if (
-        all((flow.shape(part) or ())[1:2] == (blocks,) for part in parts)
-        and not along.size % blocks
-    ):
-        rows = along.reshape(blocks, -1)
-        for part in parts:
-            line = contraction.line(flow, part, 1, blocks)
+    bytes_of_zeros = blocks * integer(node, "bits", 4) // 8
+    parts = [(b, blocks), (scales, blocks), (operand(node, 3), bytes_of_zeros)]
+    present = [(part, count) for part, count in parts if part is not None]
+    filled = along.size == blocks * integer(node, "block_size", 0)
+    if filled and all((flow.shape(part) or ())[1:2] == (count,) for part, count in present):
+        for part, count in present:
+            rows = along.reshape(count, -1)
+            line = contraction.line(flow, part, 1, count)
             flow.join(node, rows, np.broadcast_to(line[:, None], rows.shape))
         flow.contract(node, 0, last)
     else:
-        for value, axis in ((x, last), *((part, 1) for part in parts)):
-            flow.freeze_axis(value, axis, node, "BLOCK", "blocks that share a byte or an axis")
+        for value, axis in ((x, last), *((part, 1) for part, _ in present)):
+            flow.freeze_axis(value, axis, node, "BLOCK", "blocks that do not fill an axis")
     others = tuple(block for block in flow.blocks(x) if last not in block.axes)
     return flow.set(node.outputs[0], others + single(last, own))
 
