@@ -26,7 +26,7 @@ from secateur.graphops.coupling.flow import Contraction
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
-from secateur.graphops.model.shapes import Shapes, infer_shapes
+from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
@@ -40,6 +40,8 @@ _ZERO_POINTS = {
     "MatMulIntegerToFloat": 4,
     "QAttention": 6,
 }
+# Operator → the last input that runs with the channels.
+_LAST_PARAMETER = {"EmbedLayerNormalization": 6, "QEmbedLayerNormalization": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +163,15 @@ class _Builder:
         self._count = 0
         self._types = types
         self._shapes = shapes
+        self._copied: dict[str, str] = {}  # values of the same shapes as the model's
 
     def _name(self) -> str:
         self._count += 1
         return f"secateur_law_{self._count}"
+
+    def _shape(self, value: ir.Value | None) -> Shape | None:
+        name = "" if value is None else str(value.name)
+        return self._shapes.of(self._copied.get(name, name))
 
     def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
         tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
@@ -233,9 +240,10 @@ class _Builder:
             return
         per_channel = node.op_type == "GroupNormalization"  # its vectors run with axis 1
         across = per_channel or "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
-        parameters = list(enumerate(node.inputs))[first + 1 :] if across else []
+        last = _LAST_PARAMETER.get(node.op_type, len(node.inputs))
+        parameters = list(enumerate(node.inputs))[first + 1 : last + 1] if across else []
         for index, parameter in parameters:
-            shape = self._shapes.of(str(parameter.name)) if parameter is not None else None
+            shape = self._shape(parameter)
             own = 0 if per_channel else axis - (rank - len(shape or ()))
             if parameter is not None and shape and own >= 0 and shape[own] == mask.size:
                 other = self._node("Gather", [parameter, self._constant(stay)], axis=own)
@@ -243,9 +251,13 @@ class _Builder:
                 node.replace_input_with(index, other.outputs[0])
         # Positions that went get any value: every consumer has a zero for them.
         spread = np.maximum(np.cumsum(mask) - 1, 0).astype(np.int64)
-        output = node.outputs[0]
         spread_axis = axis if first == 0 else -1  # an embedding's tables lack the batch
-        after = self._node("Gather", [output, self._constant(spread)], axis=spread_axis)
-        output.replace_all_uses_with(after.outputs[0])
-        after.replace_input_with(0, output)
-        (node.graph or self._graph).insert_after(node, after)
+        for place, output in enumerate(node.outputs):
+            sizes = (self._shape(output) or ())[spread_axis : spread_axis + 1 or None]
+            if place and sizes != (mask.size,):
+                continue  # a mean or a scale of its own
+            after = self._node("Gather", [output, self._constant(spread)], axis=spread_axis)
+            self._copied[str(after.outputs[0].name)] = str(output.name)
+            output.replace_all_uses_with(after.outputs[0])
+            after.replace_input_with(0, output)
+            (node.graph or self._graph).insert_after(node, after)
