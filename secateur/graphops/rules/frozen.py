@@ -74,3 +74,9 @@ explain(
     "its gates are packed side by side in integers whose scales are shared",
     domain=CONTRIB,
 )
+explain(
+    "Conv MaxPool AveragePool GlobalMaxPool GlobalAveragePool ReorderInput ReorderOutput Upsample",
+    "its weights are in blocks for the processor that the model was optimised on: prune the model "
+    "before ONNX Runtime changes its layout",
+    domain="com.microsoft.nchwc",
+)
