@@ -397,8 +397,9 @@ class Calls:
             chunks = self._transport.stream("Read", request, budget.left())
             async with contextlib.aclosing(chunks):  # type: ignore[type-var]
                 async for chunk in chunks:
-                    digest.update(chunk.data)
-                    target.write(chunk.data)
+                    data = chunk.data  # protobuf makes a copy each time that it is asked
+                    digest.update(data)
+                    target.write(data)
 
         await self._resumed(go_on)
         if digest.hexdigest() != blob.sha256:
