@@ -84,7 +84,9 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
         run, macs = rivals.torch_pruning(model, target)
     else:
         recipe: dict[str, Any] = {"target": {"macs": target}}
-        if column not in ("default", ALONE):
+        if column == ALONE:
+            recipe["repair"] = False
+        elif column != "default":
             recipe["criterion"] = column
         result = secateur.prune(
             model,

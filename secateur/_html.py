@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 import secateur
-from secateur._show import MEASURES, accuracies
+from secateur._show import MEASURES, accuracies, folded
 from secateur.report import Report, Stage
 
 _STYLE = """
@@ -181,6 +181,8 @@ def _divisions(report: Report) -> list[str]:
 
 def _repair(report: Report) -> list[str]:
     """Every fit, with the error it began with and the one it left."""
+    if report.folded:
+        return _folded(report)
     if not report.repair:
         return []
     rows = (
@@ -198,6 +200,17 @@ def _repair(report: Report) -> list[str]:
         said,
         _table(("Node", "Fitted", "Before", "After"), rows, numbers=(2, 3)),
     ]
+
+
+def _folded(report: Report) -> list[str]:
+    """What was done without data."""
+    rows = (
+        (f"<code>{html.escape(one.node)}</code>", str(one.channels), str(one.folded))
+        for one in report.folded
+    )
+    heads = ("Node", "Inputs that went", "Means moved into its bias")
+    said = f"<p>{html.escape(folded(report))}.</p>"
+    return ["<h2>Repair</h2>", said, _table(heads, rows, numbers=(1, 2))]
 
 
 def _groups(report: Report) -> str:

@@ -165,6 +165,8 @@ def report(found: Report, out: pathlib.Path) -> None:
         chosen = ", taken" if division.chosen else ""
         parts = f"{division.regions} regions, {division.factored} products split"
         console.print(f"{parts}, units for the rest: {drift}{chosen}")
+    if found.folded:
+        console.print(folded(found), markup=False)
     _frozen(console, found.frozen)
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
@@ -312,6 +314,18 @@ def _drift(console: rich.console.Console, drift: tuple[Drift, ...]) -> None:
         console.print(text, markup=False)
     if len(drift) > _REASONS:
         console.print(f"and {len(drift) - _REASONS} more outputs")
+
+
+def folded(found: Report) -> str:
+    """What repair did without data."""
+    known = [one for one in found.folded if one.folded]
+    text = (
+        "no calibration data: nothing was refitted; "
+        f"{len(known)} of {len(found.folded)} layers got the means of what they no longer read"
+    )
+    if len(known) < len(found.folded):
+        text += " (no BatchNormalization tells them for the others)"
+    return text
 
 
 def accuracies(found: Report) -> Iterator[str]:

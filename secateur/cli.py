@@ -193,7 +193,9 @@ def prune(
     labels: Labels = None,
     repair: Annotated[
         bool | None,
-        typer.Option("--repair/--no-repair", help="Refit what is left (with --calibration)."),
+        typer.Option(
+            "--repair/--no-repair", help="Have what is left take over the work of what went."
+        ),
     ] = None,
     granularity: Granularity = None,
     grouped: Annotated[

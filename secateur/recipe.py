@@ -98,8 +98,10 @@ class Recipe(BaseModel):
             given: `channels` is met to the unit, and budgets take multiples of 8 in groups of 64
             and more, of 4 from 16 on. ONNX Runtime's convolutions fall to a path several times
             slower at other counts, and a budget leaves the choice open.
-        repair: refit what is left, layer by layer, to give the original's values on calibration
-            data. None: with calibration data.
+        repair: with calibration data, refit what is left, layer by layer, to give the original's
+            values; without, move the means of what went into biases, where BatchNormalizations
+            tell them. None: as true, but not refused where there is nothing to go by. False: the
+            result is the original with zeros where what went was read.
         sparsity: which single weights become zero: at least a share (`0.7`), all but N of every M
             input channels (`2:4`), or blocks of outputs × inputs (`4x1`: half of them;
             `0.7@4x1`). With `scope="global"` the share is of all layers together.
@@ -297,7 +299,7 @@ class Recipe(BaseModel):
         chosen = {
             "criterion": self.criterion,
             "scope": self.scope,
-            "repair": calibrated if self.repair is None else self.repair,
+            "repair": self.repair is not False,
             "weight_criterion": self.weight_criterion
             or ("second_order" if calibrated else "magnitude"),
             "quantize": self.quantize,
@@ -307,7 +309,6 @@ class Recipe(BaseModel):
             chosen["scope"] = self.scope or ("measured" if calibrated and budget else "local")
         for field, needs in (
             ("scope", "measured"),
-            ("repair", True),
             ("weight_criterion", "wanda"),
             ("weight_criterion", "second_order"),
             ("quantize", "int8"),

@@ -264,6 +264,21 @@ class RepairStep(_Value):
     method: str = "refit"
 
 
+class Folded(_Value):
+    """What became of the means of channels that a matrix product no longer reads, without data.
+
+    Attributes:
+        node: that read them.
+        channels: positions of its input that went.
+        folded: those whose mean moved into its bias: all of them, or 0 where no statistics of
+            BatchNormalizations tell it or the product can have no bias.
+    """
+
+    node: str
+    channels: int
+    folded: int
+
+
 class Sensitivity(_Value):
     """What a cut of one group alone does to the outputs, after its consumers are compensated.
 
@@ -341,6 +356,8 @@ class Report(_Value):
         divisions: of the budget between regions, ranks and units, by how many regions and
             products; empty unless units and one of the others might go.
         sensitivity: of each group that was tried, where the scope was measured.
+        folded: what became of the means of channels that went; empty with calibration data and
+            without repair.
         repair: every fit, in graph order; empty without repair.
         sparse_weights: what became of each weight matrix; empty unless single weights went.
         stage_drift: drift as it grew, stage by stage; empty without quantisation.
@@ -360,6 +377,7 @@ class Report(_Value):
     divisions: tuple[Division, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     repair: tuple[RepairStep, ...] = ()
+    folded: tuple[Folded, ...] = ()
     sparse_weights: tuple[SparseWeight, ...] = ()
     stage_drift: tuple[StageDrift, ...] = ()
     verification: Verification

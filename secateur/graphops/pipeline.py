@@ -53,6 +53,7 @@ from secateur.graphops.profile import measure
 from secateur.graphops.profile.size import compressed
 from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.regions import find as found
+from secateur.graphops.repair.expectation import fold
 from secateur.graphops.repair.repair import make_room, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
@@ -71,6 +72,7 @@ from secateur.report import (
     Cost,
     Division,
     Factored,
+    Folded,
     Frozen,
     Group,
     Inspection,
@@ -229,6 +231,7 @@ def prune(
         divisions=done.divisions,
         sensitivity=done.sensitivity,
         repair=done.repair,
+        folded=done.folded,
         sparse_weights=done.sparse_weights,
         stage_drift=stages,
         verification=verification,
@@ -261,6 +264,7 @@ class _Done:
     divisions: tuple[Division, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
+    folded: tuple[Folded, ...]
     sparse_weights: tuple[SparseWeight, ...]
     feeds: Sequence[Feeds]
     held_back: bool
@@ -320,6 +324,10 @@ def _cut(
                 batches = decision.observed.batches
                 original = Observed(analysed.opened.model, rest.coupling, batches, recipe.seed)
                 steps = repair(pruned, original, decision.keep, recipe.seed, tell)
+        folded: tuple[Folded, ...] = ()
+        if recipe.repair and samples is None:
+            with clock.stage(Stage.REPAIR, "moving means into biases"):
+                folded = _fold(rest, pruned, decision.keep, recipe_asked)
         sparse_weights: tuple[SparseWeight, ...] = ()
         if recipe.sparsity is not None:
             with clock.stage(Stage.SPARSITY, f"{recipe.sparsity} by {recipe.weight_criterion}"):
@@ -370,6 +378,7 @@ def _cut(
         divisions=choice.divisions,
         sensitivity=_sensitivities(rest.coupling, decision.curves or {}),
         repair=steps,
+        folded=folded,
         sparse_weights=sparse_weights,
         feeds=feeds,
         held_back=samples is not None and samples.held_back,
@@ -726,14 +735,31 @@ def _decide(
     return _Decision(keep, observed, curves)
 
 
+def _fold(analysed: _Analysed, pruned: ir.Model, keep: Mask, recipe: Recipe) -> tuple[Folded, ...]:
+    """Repair without data; refused where it was asked for and there is nothing to go by."""
+    found = fold(analysed.opened.model, analysed.coupling, pruned, keep, recipe.seed)
+    if recipe.repair and found and not any(one.folded for one in found):
+        raise refuse(
+            Code.INVALID_CALIBRATION,
+            "no BatchNormalization tells the mean of anything that went, to repair by without data",
+            nodes=tuple(one.node for one in found),
+            expected="--calibration PATH",
+            found="none",
+            hint="Give a few hundred unlabelled samples, or leave out --repair.",
+        )
+    return found
+
+
 def _written(analysed: _Analysed, recipe: Recipe, samples: Samples | None, keep: Mask) -> int:
     """Bytes of the file for a choice of units, at most: as written in the end, but the numbers.
 
     Weights go by magnitude and scales come from one batch, which changes no count of either.
     """
     pruned, _ = cut(analysed.opened.model, analysed.coupling, keep, analysed.copies)
-    if recipe.repair:
+    if recipe.repair and samples is not None:
         make_room(pruned, analysed.coupling)
+    elif recipe.repair:
+        fold(analysed.opened.model, analysed.coupling, pruned, keep, recipe.seed)
     if not recipe.sparse_initializers:
         serialised = serialise(pruned)
     else:

@@ -133,7 +133,7 @@ class Frozen(_message.Message):
     def __init__(self, code: _Optional[str] = ..., node: _Optional[str] = ..., op_type: _Optional[str] = ..., detail: _Optional[str] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions", "factored", "vocabulary")
+    __slots__ = ("before", "after", "groups", "frozen", "verification", "warnings", "seconds", "sensitivity", "repair", "sparse_weights", "stage_drift", "removed", "accuracy", "divisions", "factored", "vocabulary", "folded")
     class SecondsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class Report(_message.Message):
     DIVISIONS_FIELD_NUMBER: _ClassVar[int]
     FACTORED_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    FOLDED_FIELD_NUMBER: _ClassVar[int]
     before: Cost
     after: Cost
     groups: _containers.RepeatedCompositeFieldContainer[Group]
@@ -173,7 +174,8 @@ class Report(_message.Message):
     divisions: _containers.RepeatedCompositeFieldContainer[Division]
     factored: _containers.RepeatedCompositeFieldContainer[Factored]
     vocabulary: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ..., factored: _Optional[_Iterable[_Union[Factored, _Mapping]]] = ..., vocabulary: _Optional[_Iterable[int]] = ...) -> None: ...
+    folded: _containers.RepeatedCompositeFieldContainer[Folded]
+    def __init__(self, before: _Optional[_Union[Cost, _Mapping]] = ..., after: _Optional[_Union[Cost, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., frozen: _Optional[_Iterable[_Union[Frozen, _Mapping]]] = ..., verification: _Optional[_Union[Verification, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., sensitivity: _Optional[_Iterable[_Union[Sensitivity, _Mapping]]] = ..., repair: _Optional[_Iterable[_Union[RepairStep, _Mapping]]] = ..., sparse_weights: _Optional[_Iterable[_Union[SparseWeight, _Mapping]]] = ..., stage_drift: _Optional[_Iterable[_Union[StageDrift, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[Removal, _Mapping]]] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., divisions: _Optional[_Iterable[_Union[Division, _Mapping]]] = ..., factored: _Optional[_Iterable[_Union[Factored, _Mapping]]] = ..., vocabulary: _Optional[_Iterable[int]] = ..., folded: _Optional[_Iterable[_Union[Folded, _Mapping]]] = ...) -> None: ...
 
 class Factored(_message.Message):
     __slots__ = ("node", "inputs", "outputs", "rank", "error")
@@ -268,6 +270,16 @@ class RepairStep(_message.Message):
     error_after: float
     method: str
     def __init__(self, node: _Optional[str] = ..., error_before: _Optional[float] = ..., error_after: _Optional[float] = ..., method: _Optional[str] = ...) -> None: ...
+
+class Folded(_message.Message):
+    __slots__ = ("node", "channels", "folded")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    FOLDED_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    channels: int
+    folded: int
+    def __init__(self, node: _Optional[str] = ..., channels: _Optional[int] = ..., folded: _Optional[int] = ...) -> None: ...
 
 class Sensitivity(_message.Message):
     __slots__ = ("group", "removed", "drift")

@@ -301,6 +301,18 @@ def test_a_repaired_result_is_reported(run: Run, out: pathlib.Path, tmp_path: pa
     assert all(step.node in text for step in report.repair)
 
 
+def test_what_was_done_without_data_is_shown(
+    run: Run, out: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    page = tmp_path / "report.html"
+    done = run("prune", CNN, "-o", out, "--report", page)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("no calibration data")]
+    assert "means of what they no longer read" in line
+    assert line in page.read_text() and "Means moved into its bias" in page.read_text()
+    exact = run("prune", CNN, "-o", out, "--no-repair")
+    assert exact.exit_code == 0 and "no calibration data" not in exact.stdout
+
+
 def test_accuracy_is_shown(run: Run, out: pathlib.Path, tmp_path: pathlib.Path) -> None:
     page = tmp_path / "report.html"
     done = run("prune", CNN, "-o", out, "--labels", DIGITS / "heldout.npz", "--report", page)

@@ -76,7 +76,7 @@ class Analysis:
             if segment.size and not keep[segment].any():
                 keep[draw.choice(segment)] = True
         _, kept = cut(self.model, self.coupling, keep, self.copies)
-        return Plan(source=self.sha256, recipe=secateur.Recipe(), kept=kept)
+        return Plan(source=self.sha256, recipe=secateur.Recipe(repair=False), kept=kept)
 
 
 @functools.lru_cache(maxsize=4)
@@ -91,6 +91,8 @@ def prune(source: Any, **recipe: Any) -> secateur.Result:
     """Prunes without timing anything."""
     plan = recipe.pop("plan", None)
     calibration = recipe.pop("calibration", None)
+    if calibration is None:
+        recipe.setdefault("repair", False)  # the law is about results without repair
     return secateur.prune(
         source,
         secateur.Recipe(**recipe),

@@ -52,6 +52,7 @@ VERIFICATION = report.Verification(
 ACCURACY = report.Accuracy(
     output="y", labels=3, top1_before=1.0, top1_after=0.0, top5_before=0.5, top5_after=0.0
 )
+FOLDED = report.Folded(node="n", channels=3, folded=0)
 SENSITIVITY = report.Sensitivity(group="g", removed=(0, 2), drift=(0.0, 0.5))
 REGION = report.Region(entry="a", exit="b", layers=("n",), macs=3, params=2, refused="why")
 WEIGHT = report.SparseWeight(
@@ -77,6 +78,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (FROZEN, report_pb2.Frozen),
     (VERIFICATION, report_pb2.Verification),
     (ACCURACY, report_pb2.Accuracy),
+    (FOLDED, report_pb2.Folded),
     (SENSITIVITY, report_pb2.Sensitivity),
     (REGION, report_pb2.Region),
     (REMOVAL, report_pb2.Removal),
@@ -108,6 +110,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             divisions=DIVISIONS,
             sensitivity=(SENSITIVITY,),
             repair=(STEP, STEP),
+            folded=(FOLDED,),
             sparse_weights=(WEIGHT,),
             stage_drift=(STAGE_DRIFT,),
             verification=VERIFICATION,
