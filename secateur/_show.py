@@ -156,7 +156,9 @@ def report(found: Report, out: pathlib.Path) -> None:
         text = f"left out: {len(region.layers)} layers between {region.entry} and {region.exit}"
         console.print(text, markup=False)
     if found.vocabulary:
-        console.print(f"{len(found.vocabulary)} tokens are left; --report gives their old ids")
+        console.print(
+            f"{len(found.vocabulary)} tokens are left; --report FILE.json gives their old ids"
+        )
     for product in found.factored:
         sizes = f"{product.inputs} to {product.rank} to {product.outputs} channels"
         console.print(f"split: {product.node}, {sizes}", markup=False)
