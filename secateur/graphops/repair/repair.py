@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,13 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.fit import Fitted, Sums
+from secateur.graphops.repair.interval import Bounds, Intervals, loosen
 from secateur.graphops.repair.target import Correction, Repairable, Target
 from secateur.graphops.rules.linear import pick_rows
 from secateur.report import RepairStep
 
 Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.float32]
 _EXACT = 1e-9  # relative error below which nothing has reached the node
 
 
@@ -47,13 +49,15 @@ def repair(
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
     nodes = {str(node.outputs[0].name): node for node in observed.model.graph}
     found = [one for one in repairable(pruned, observed.coupling.shapes) if _y(one) in nodes]
+    opsets = dict(pruned.opset_imports)
     steps, refitted = [], set[str]()
     for place, target in enumerate(found):
         if _follows(target.node, refitted):
             continue
         before.advance(nodes[_y(target)])
         after.advance(target.node)
-        fitted = _Fit(target, before, after, observed.coupling, keep, seed + place).run()
+        flat = _flat_beyond(target, opsets)
+        fitted = _Fit(target, flat, before, after, observed.coupling, keep, seed + place).run()
         if fitted is not None:
             steps.append(
                 RepairStep(
@@ -123,19 +127,30 @@ def _follows(node: ir.Node, refitted: set[str]) -> bool:
     return node.op_type == "BatchNormalization" and x is not None and str(x.name) in refitted
 
 
+def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None:
+    """Beyond what it makes no difference what a node puts out, as far as is known."""
+    reader = target.end.reader(target.node)
+    if reader is None or not target.end.biased:
+        return None
+    domain = "" if reader.domain == "ai.onnx" else reader.domain
+    rule = rules.find(domain, reader.op_type, opsets.get(domain, 1))
+    return None if rule is None or rule.flat is None else rule.flat(reader)
+
+
 class _Fit:
     """The fit of one node."""
 
     def __init__(
         self,
         target: Repairable,
+        flat: Bounds | None,
         before: Network,
         after: Network,
         coupling: Coupling,
         keep: Mask,
         seed: int,
     ) -> None:
-        self._target, self._y = target, _y(target)
+        self._target, self._flat, self._y = target, flat, _y(target)
         self._wanted: Piece = before.piece([target.end.observed])
         self._found: Piece = after.piece([target.x, self._y, *target.end.rest])
         self._coupling, self._keep = coupling, keep
@@ -147,23 +162,34 @@ class _Fit:
         weight, start = self._target.start()
         groups, out, entries = weight.shape
         seen, held = (Sums.zeros(groups, entries, out) for _ in range(2))
+        loose = [self._room(weight.shape) for _ in range(2)]
         for batch in range(self._batches):
             rows = self._rows(batch, weight.shape)
             if rows is None:
                 return None
-            last = batch == self._batches - 1
-            sums = held if batch % HELD_BACK == HELD_BACK - 1 or last else seen
-            sums.add(*rows)
+            judging = batch % HELD_BACK == HELD_BACK - 1 or batch == self._batches - 1
+            sums, intervals = (held, loose[1]) if judging else (seen, loose[0])
+            x, wanted, rest = rows
+            sums.add(x, wanted)
+            if intervals is not None:
+                intervals.add(x, wanted, rest)
             if batch == 0 and sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30):
                 return None
         if not seen.count:
             return None  # one batch: nothing to judge a fit by
-        return self._target.fit(seen, held)
+        fitted = self._target.fit(seen, held)
+        if fitted.damping is None or loose[0] is None or loose[1] is None:
+            return fitted
+        return loosen(fitted, (seen, held), (loose[0], loose[1]), weight, start)
 
-    def _rows(
-        self, batch: int, shape: tuple[int, ...]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-        """x and the y it should give, (groups, places, k) and (groups, places, out / groups)."""
+    def _room(self, shape: tuple[int, ...]) -> Intervals | None:
+        return None if self._flat is None else Intervals.room(self._flat, shape, self._batches)
+
+    def _rows(self, batch: int, shape: tuple[int, ...]) -> tuple[Rows, Rows, Rows] | None:
+        """x, the y it should give, and what is added to that.
+
+        (groups, places, k), and twice (groups, places, out / groups).
+        """
         target, (groups, out, entries) = self._target, shape
         values = self._found.run(batch)
         goal = self._kept(self._wanted.run(batch)[target.end.observed])
@@ -173,11 +199,13 @@ class _Fit:
             return None
         positions = goal.size // y_shape[target.y_axis]
         places = sample_places(positions, self._batches, entries, self._generator)
-        aim = pick_rows(goal, target.y_axis, places).astype(np.float32)
+        added = np.zeros((len(places), groups * out), np.float32)
         for array in rest:
-            aim -= pick_rows(array, target.y_axis, places)
+            added += pick_rows(array, target.y_axis, places)
+        aim = pick_rows(goal, target.y_axis, places).astype(np.float32) - added
         x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
-        return x, aim.reshape(len(places), groups, out).transpose(1, 0, 2)
+        split = (len(places), groups, out)
+        return x, aim.reshape(split).transpose(1, 0, 2), added.reshape(split).transpose(1, 0, 2)
 
     def _kept(self, array: Array) -> Array:
         """The original's tensor without the positions that went."""

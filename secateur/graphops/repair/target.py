@@ -143,6 +143,18 @@ class Ending:
         """Whether a bias that is written takes a tensor more than there is."""
         return self.biased and (self.bias is None or len(self.bias.uses()) > 1)
 
+    def reader(self, node: ir.Node) -> ir.Node | None:
+        """The one node that reads the sum; None where several do, or none, or it is an output.
+
+        Args:
+            node: of this ending.
+        """
+        value = node.outputs[0]
+        while value.name != self.observed:
+            value = next(iter(value.uses()))[0].outputs[0]
+        users = [user for user, _ in value.uses()]
+        return users[0] if len(users) == 1 and not value.is_graph_output() else None
+
     def numbers(self) -> Matrix | None:
         """b, flat; None where there is none yet."""
         tensor = constant_of(self.bias)

@@ -6,19 +6,21 @@ right and run together, so their labels meet.
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE
+from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 UNARY = (
     "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Ceil Celu Cos Cosh Dropout Elu "
-    "Erf Exp Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not "
-    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
-    "Tanh ThresholdedRelu Clip"
+    "Erf Exp Floor Gelu Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Round Selu "
+    "Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
 BROADCASTING = (
     "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less "
@@ -45,6 +47,41 @@ def rewrite_cast(surgeon: Surgeon, node: ir.Node) -> None:
         return
     if surgeon.measures_a_cut(node.inputs[0]):
         surgeon.replace_by_constant(node.outputs[0], number)
+
+
+def flat_relu(node: ir.Node) -> tuple[float, float]:
+    """0 below 0."""
+    return 0.0, math.inf
+
+
+def flat_hard_swish(node: ir.Node) -> tuple[float, float]:
+    """x·max(0, min(1, x/6 + 1/2)): 0 below -3."""
+    return -3.0, math.inf
+
+
+def flat_hard_sigmoid(node: ir.Node) -> tuple[float, float] | None:
+    """max(0, min(1, αx + β))."""
+    slope, shift = (
+        default if attribute is None else attribute.as_float()
+        for name, default in (("alpha", 0.2), ("beta", 0.5))
+        for attribute in (node.attributes.get(name),)
+    )
+    return (-shift / slope, (1 - shift) / slope) if slope > 0 else None
+
+
+def flat_clip(node: ir.Node) -> tuple[float, float] | None:
+    """Its bounds, attributes before opset 11 and inputs since; None where they are computed."""
+    bounds = []
+    for index, name, none in ((1, "min", -math.inf), (2, "max", math.inf)):
+        value, attribute = operand(node, index), node.attributes.get(name)
+        constant = constant_of(value)
+        if value is not None and constant is None:
+            return None
+        if constant is not None:
+            bounds.append(float(constant.numpy()))
+        else:
+            bounds.append(none if attribute is None else attribute.as_float())
+    return bounds[0], bounds[1]
 
 
 def couple_broadcast(flow: Flow, node: ir.Node) -> None:
@@ -98,6 +135,10 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
 
 
 register(UNARY, "unary", couple_unary, reads=(0,))
+register("Relu", "unary", couple_unary, reads=(0,), flat=flat_relu)
+register("HardSwish", "unary", couple_unary, reads=(0,), flat=flat_hard_swish)
+register("HardSigmoid", "unary", couple_unary, reads=(0,), flat=flat_hard_sigmoid)
+register("Clip", "unary", couple_unary, reads=(0,), flat=flat_clip)
 register("Cast", "unary", couple_unary, rewrite=rewrite_cast, reads=(0,))
 register("CastLike", "unary", couple_unary)  # the second input says only a type
 register(BROADCASTING, "broadcast", couple_broadcast)

@@ -3,8 +3,9 @@
 Everything the engine knows about an operator is one `register` call in one file of this folder:
 how labels pass through (`couple`), how the node is rewritten when labels go (`rewrite`, only
 where slicing its constants is not enough), what it costs (`macs`), and whether it is a matrix
-product that can be refitted (`linear`) or ends in a scale and a shift (`affine`). An operator
-without a rule is not guessed at: whatever reaches it is frozen and the report says so.
+product that can be refitted (`linear`) or ends in a scale and a shift (`affine`), and beyond what
+its output stands still (`flat`). An operator without a rule is not guessed at: whatever reaches it
+is frozen and the report says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Couple = Callable[["Flow", ir.Node], None]
 Rewrite = Callable[["Surgeon", ir.Node], None]
 Macs = Callable[["Flow", ir.Node], "list[tuple[Axis, ...]]"]
+Flat = Callable[[ir.Node], "tuple[float, float] | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Rule:
             and which repair fits; None where it is not one.
         affine: the axis of the output along which the parameters with the roles `scale` and `bias`
             run, one of each per channel, applied last; None where the node does not end so.
+        flat: below and above which inputs the output no longer changes, for operators that work
+            position by position; None where it always does.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
@@ -52,6 +56,7 @@ class Rule:
     macs: Macs | None
     linear: Linear | None
     affine: int | None
+    flat: Flat | None
     roles: dict[int, str]
     reads: tuple[int, ...] | None
     domain: str
@@ -74,6 +79,7 @@ def register(
     macs: Macs | None = None,
     linear: Linear | None = None,
     affine: int | None = None,
+    flat: Flat | None = None,
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
     domain: str = "",
@@ -101,6 +107,7 @@ def register(
                 macs,
                 linear,
                 affine,
+                flat,
                 roles or {},
                 reads,
                 domain,
