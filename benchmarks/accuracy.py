@@ -1,13 +1,17 @@
 """Accuracy without training: trained models pruned with unlabelled data, then scored.
 
-    python benchmarks/accuracy.py [--only MODEL] [--criteria a,b] [--rivals]
+    python benchmarks/accuracy.py [--only MODEL] [--criteria a,b] [--rivals] [--cells FILE]
 
 Models, data and scores are those of `tasks.py`, in `../shared/bench`; labels only score. Rows are
 models at MACs 0.7 and 0.5; columns the original, our default, l2 alone (no data, no repair), each
 criterion that sees data with all else at its default, and other tools. Every cell runs in a
 process of its own: seconds are of pruning and verification, by the clock and of processor time,
 which tells more on a busy machine; memory is the peak of that process until then, its data
-included. A line is printed when a cell is done, and the table at the end.
+included. A line is printed when a cell is done, and the table at the end, or when interrupted.
+
+What the goals are about comes first: original, default and l2 alone of every model, then other
+tools, then the criteria, model by model, the two ImageNet models last. `--criteria ''` stops
+before those. `--cells FILE` keeps every cell that is done, and takes up where a run stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import pathlib
 import resource
 import subprocess
 import sys
@@ -43,6 +48,9 @@ SEE_DATA = (
 )
 ONNXSIM, TORCH_PRUNING = "onnxsim", "Torch-Pruning"
 RESNETS = ("resnet20", "resnet56")
+SLOW = ("mobilenet_v1_075", "efficientnet_lite0")  # minutes a cell: their criteria come last
+
+Key = tuple[str, str, float]  # model, column, target
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,42 @@ def in_process(task: Task, column: str, target: float, timeout: float) -> Cell:
     return Cell(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def columns_for(task: Task, criteria: list[str], with_rivals: bool) -> list[str]:
-    """What is run of a task, the most important first."""
-    found = ["original", "default", ALONE]
-    if with_rivals:
-        found += [ONNXSIM] + [TORCH_PRUNING] * (task.name in RESNETS)
-    return found + criteria
+def in_order(tasks: list[Task], criteria: list[str], with_rivals: bool) -> list[Key]:
+    """What is run, the most important first."""
+    first = [("original", TARGETS[0])]
+    first += [(column, target) for column in ("default", ALONE) for target in TARGETS]
+    order = [(task.name, *cell) for cell in first for task in tasks]
+    for rival in (ONNXSIM, TORCH_PRUNING) if with_rivals else ():
+        some = [task for task in tasks if rival == ONNXSIM or task.name in RESNETS]
+        order += [(task.name, rival, target) for task in some for target in TARGETS]
+    for task in sorted(tasks, key=lambda task: task.name in SLOW):
+        order += [(task.name, column, target) for column in criteria for target in TARGETS]
+    return order
+
+
+def kept(path: pathlib.Path | None) -> dict[Key, Cell]:
+    """The cells that an earlier run has written."""
+    if path is None or not path.exists():
+        return {}
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return {(row["model"], row["column"], row["target"]): Cell(**row["cell"]) for row in rows}
+
+
+def keep(path: pathlib.Path, key: Key, cell: Cell) -> None:
+    """Adds a cell to those of earlier runs."""
+    with path.open("a") as file:
+        row = dict(zip(("model", "column", "target"), key, strict=True))
+        print(json.dumps({**row, "cell": asdict(cell)}), file=file)
+
+
+def show(key: Key, cell: Cell) -> None:
+    """One line."""
+    score = "-" if cell.score is None else f"{cell.score:.3f}"
+    print(
+        f"{key[0]:18s} {key[1]:15s} {key[2]:5.2f} {score:>6s} {cell.macs:5.3f} "
+        f"{cell.seconds:5.0f} {cell.processor:5.0f} {cell.mebibytes:5d} {cell.failure[:150]}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -128,6 +166,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a model; may be repeated")
     parser.add_argument("--criteria", default=",".join(SEE_DATA), help="those to show, by commas")
     parser.add_argument("--rivals", action="store_true", help="run other tools beside it")
+    parser.add_argument("--cells", type=pathlib.Path, help="file of cells, to go on with later")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds of one cell at most")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -140,35 +179,31 @@ def main() -> None:
         return
     tasks = [by_name[name] for name in arguments.only] or list(TASKS)
     criteria = [name for name in arguments.criteria.split(",") if name]
-    columns = {t.name: columns_for(t, criteria, arguments.rivals) for t in tasks}
-    cells: dict[tuple[str, str, float], Cell] = {}
-    order = list(dict.fromkeys(column for some in columns.values() for column in some))
+    order = in_order(tasks, criteria, arguments.rivals)
+    before = kept(arguments.cells)
+    cells = {key: before[key] for key in order if key in before}
     print("model              column           MACs  score  kept     s   cpu   MiB")
-    for column in order:
-        for task in tasks:
-            for target in TARGETS if column in columns[task.name] else ():
-                if column == "original" and target != TARGETS[0]:
-                    continue
-                cell = in_process(task, column, target, arguments.timeout)
-                cells[task.name, column, target] = cell
-                score = "-" if cell.score is None else f"{cell.score:.3f}"
-                print(
-                    f"{task.name:18s} {column:15s} {target:5.2f} {score:>6s} {cell.macs:5.3f} "
-                    f"{cell.seconds:5.0f} {cell.processor:5.0f} {cell.mebibytes:5d} "
-                    f"{cell.failure[:150]}",
-                    flush=True,
-                )
-    table(tasks, order, cells)
+    try:
+        for key in order:
+            if key not in cells:
+                name, column, target = key
+                cells[key] = in_process(by_name[name], column, target, arguments.timeout)
+                if arguments.cells is not None:
+                    keep(arguments.cells, key, cells[key])
+            show(key, cells[key])
+    except KeyboardInterrupt:
+        print("\ninterrupted: the cells that are done")
+    table(tasks, list(dict.fromkeys(column for _, column, _ in order)), cells)
 
 
-def table(tasks: list[Task], columns: list[str], cells: dict[tuple[str, str, float], Cell]) -> None:
+def table(tasks: list[Task], columns: list[str], cells: dict[Key, Cell]) -> None:
     """One row per model and target."""
     print("\n" + f"{'model':18s} {'score':8s} {'MACs':>4s} {'goal':>5s} {'orig.':>5s}", end="")
     shown = [column for column in columns if column != "original"]
     print("".join(f"  {column:>18s}" for column in shown))
     for task in tasks:
         for target, goal in zip(TARGETS, task.goals, strict=True):
-            original = cells[task.name, "original", TARGETS[0]].score
+            original = cells.get((task.name, "original", TARGETS[0]), Cell()).score
             row = [cells.get((task.name, column, target)) for column in shown]
             print(
                 f"{task.name:18s} {task.unit:8s} {target:4.1f} {goal:5.3f} "
