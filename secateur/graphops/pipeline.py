@@ -54,7 +54,7 @@ from secateur.graphops.profile.size import compressed
 from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.regions import find as found
 from secateur.graphops.repair.expectation import fold
-from secateur.graphops.repair.repair import make_room, repair
+from secateur.graphops.repair.repair import make_room, quantised, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery import vocabulary
@@ -238,6 +238,7 @@ def prune(
         accuracy=scored,
         warnings=(
             *_warnings(before, after),
+            *_unrepaired(done.quantised),
             *_too_wide(done.sparse_weights, recipe.settled(calibration is not None)),
         ),
         seconds=clock.seconds,
@@ -265,6 +266,7 @@ class _Done:
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
     folded: tuple[Folded, ...]
+    quantised: int
     sparse_weights: tuple[SparseWeight, ...]
     feeds: Sequence[Feeds]
     held_back: bool
@@ -379,6 +381,7 @@ def _cut(
         sensitivity=_sensitivities(rest.coupling, decision.curves or {}),
         repair=steps,
         folded=folded,
+        quantised=quantised(pruned) if recipe.repair and kept else 0,
         sparse_weights=sparse_weights,
         feeds=feeds,
         held_back=samples is not None and samples.held_back,
@@ -738,7 +741,7 @@ def _decide(
 def _fold(analysed: _Analysed, pruned: ir.Model, keep: Mask, recipe: Recipe) -> tuple[Folded, ...]:
     """Repair without data; refused where it was asked for and there is nothing to go by."""
     found = fold(analysed.opened.model, analysed.coupling, pruned, keep, recipe.seed)
-    if recipe.repair and found and not any(one.folded for one in found):
+    if recipe.repair and not keep.all() and not any(one.folded for one in found):
         raise refuse(
             Code.INVALID_CALIBRATION,
             "no BatchNormalization tells the mean of anything that went, to repair by without data",
@@ -1102,6 +1105,16 @@ def _too_wide(weights: Sequence[SparseWeight], recipe: Recipe) -> tuple[str, ...
         f"{len(others)} weight matrices are wider than {WIDEST} inputs, too wide for second "
         f"moments: their weights were ranked by magnitude ({named}"
         f"{', …' if len(others) > 5 else ''})",
+    )
+
+
+def _unrepaired(quantised: int) -> tuple[str, ...]:
+    """What repair leaves as it is."""
+    if not quantised:
+        return ()
+    return (
+        f"{quantised} layers have quantised weights, which are not repaired: prune the model that "
+        "was quantised, and quantise the result (--quantize)",
     )
 
 

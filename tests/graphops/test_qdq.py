@@ -142,3 +142,15 @@ def test_answers_stay(quantised: tuple[str, bytes]) -> None:
     ]
     same = (answers[0].argmax(-1) == answers[1].argmax(-1)).mean()
     assert same > 0.8
+
+
+def test_the_report_says_that_quantised_weights_are_not_repaired(
+    quantised: tuple[str, bytes],
+) -> None:
+    source = quantised[1]
+    for repair, said in ((None, 1), (False, 0)):
+        result = prune(source, repair=repair)
+        found = [text for text in result.report.warnings if "are not repaired" in text]
+        assert len(found) == said
+    with pytest.raises(secateur.Refused):
+        prune(source, repair=True)

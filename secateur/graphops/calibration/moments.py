@@ -31,7 +31,7 @@ _WORK = 1.2e10
 _ROWS_PER_ENTRY = 12
 _MOST_ROWS = 65536
 _LEAST_DAMPING = 1e-3
-_FITTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+FITTED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
 def gram(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -105,7 +105,7 @@ def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:
             continue
         x, tensor = node.inputs[0], constant_of(node.inputs[1])
         shape = None if x is None else shapes.of(str(x.name))
-        if shape is None or tensor is None or tensor.dtype not in _FITTED:
+        if shape is None or tensor is None or tensor.dtype not in FITTED:
             continue
         view = rule.linear(node, [size or 0 for size in shape], tensor.shape.numpy())
         if view is not None:

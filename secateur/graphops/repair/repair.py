@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.fit import Fitted, Sums
+from secateur.graphops.repair.gates import Gates, input_weight
 from secateur.graphops.repair.interval import Bounds, Intervals, loosen
 from secateur.graphops.repair.target import Correction, Repairable, Target
 from secateur.graphops.rules.linear import pick_rows
@@ -47,7 +49,7 @@ def repair(
         tell: told the share that is done.
     """
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
-    nodes = {str(node.outputs[0].name): node for node in observed.model.graph}
+    nodes = {_first(node): node for node in observed.model.graph}
     found = [one for one in repairable(pruned, observed.coupling.shapes) if _y(one) in nodes]
     opsets = dict(pruned.opset_imports)
     steps, refitted = [], set[str]()
@@ -56,8 +58,10 @@ def repair(
             continue
         before.advance(nodes[_y(target)])
         after.advance(target.node)
-        flat = _flat_beyond(target, opsets)
-        fitted = _Fit(target, flat, before, after, observed.coupling, keep, seed + place).run()
+        flat, whole = _flat_beyond(target, opsets), nodes[_y(target)]
+        given = target, flat, before, after, observed.coupling, keep, seed + place
+        one = _GatesFit(whole, *given) if isinstance(target, Gates) else _Fit(*given)
+        fitted = one.run()
         if fitted is not None:
             steps.append(
                 RepairStep(
@@ -108,13 +112,36 @@ def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
         domain = "" if node.domain == "ai.onnx" else node.domain
         rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
         shape = shapes.of(str(node.outputs[0].name)) if node.outputs else None
+        if rule is not None and rule.family == "recurrent":
+            found.append(Gates.of(node))
         if rule is not None and rule.affine is not None and shape:
             found.append(Correction.of_normalisation(node, rule, len(shape), places))
     return [one for one in found if one is not None]
 
 
+def quantised(model: ir.Model) -> int:
+    """How many products have quantised weights, which repair leaves as they are."""
+    opsets = dict(model.opset_imports)
+    count = 0
+    for node in model.graph:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        if rule is None or rule.macs is None:
+            continue
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        producer = None if weight is None else weight.producer()
+        through = producer is not None and producer.op_type == "DequantizeLinear"
+        count += rule.family == "quantised" or (rule.linear is not None and through)
+    return count
+
+
 def _y(target: Repairable) -> str:
-    return str(target.node.outputs[0].name)
+    return _first(target.node)
+
+
+def _first(node: ir.Node) -> str:
+    """The first output that has a name: recurrent layers may leave some out."""
+    return next((str(output.name) for output in node.outputs if output.name), "")
 
 
 def _follows(node: ir.Node, refitted: set[str]) -> bool:
@@ -129,8 +156,10 @@ def _follows(node: ir.Node, refitted: set[str]) -> bool:
 
 def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None:
     """Beyond what it makes no difference what a node puts out, as far as is known."""
+    if isinstance(target, Gates) or not target.end.biased:
+        return None
     reader = target.end.reader(target.node)
-    if reader is None or not target.end.biased:
+    if reader is None:
         return None
     domain = "" if reader.domain == "ai.onnx" else reader.domain
     rule = rules.find(domain, reader.op_type, opsets.get(domain, 1))
@@ -214,3 +243,32 @@ class _Fit:
             if not mask.all() and mask.size == array.shape[axis]:
                 array = np.compress(mask, array, axis=axis)
         return array
+
+
+class _GatesFit(_Fit):
+    """The fit of a recurrent layer: what its gates get is computed here, not by the graph.
+
+    Args:
+        whole: the layer in the original.
+        given: as for other fits.
+    """
+
+    def __init__(self, whole: ir.Node, *given: Any) -> None:
+        super().__init__(*given)
+        name = str(getattr(whole.inputs[1], "name", ""))
+        units = self._coupling.axes(name).get(1)
+        weight = input_weight(whole)
+        self._weight = weight if units is None else weight[:, self._keep[units]]
+
+    def _rows(self, batch: int, shape: tuple[int, ...]) -> tuple[Rows, Rows, Rows] | None:
+        target, entries = self._target, shape[2]
+        found = self._found.run(batch)[target.x]
+        wanted = self._wanted.run(batch)[target.x]
+        if found.shape[:2] != wanted.shape[:2]:
+            return None
+        positions = found.shape[0] * found.shape[1]
+        places = sample_places(positions, self._batches, entries, self._generator)
+        weight = self._weight.astype(np.float32)
+        aim = target.rows(wanted, wanted.shape, places) @ weight.transpose(0, 2, 1)
+        x = target.rows(found, found.shape, places).astype(np.float32, copy=False)
+        return np.broadcast_to(x, (shape[0], *x.shape[1:])), aim, np.zeros_like(aim)
