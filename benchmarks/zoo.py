@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                    # ../shared/zoo, if it is there
     python benchmarks/zoo.py FOLDER             # any folder of .onnx files
     python benchmarks/zoo.py --only tv_ --onnxsim
+    python benchmarks/zoo.py --onnxsim --workers 2
 
 One row per model: outcome, law difference (largest difference from the original with the removed
 positions zeroed at their consumers, relative), parameters and MACs removed, what Torch-Pruning
@@ -17,15 +18,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.util
 import io
+import itertools
 import logging
+import multiprocessing
 import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -75,24 +80,42 @@ class Row:
         )
 
 
-def models(folder: pathlib.Path, only: list[str]) -> Iterator[tuple[str, str, onnx.ModelProto]]:
-    """(name, architecture, model) of every model of a folder, or of the zoo's loader in it."""
+@dataclass(frozen=True)
+class Job:
+    """One model to run: by path, or by name where the folder has a loader of its own."""
 
-    def wanted(name: str) -> bool:
-        return not only or any(name.startswith(prefix) for prefix in only)
+    name: str
+    architecture: str
+    folder: pathlib.Path
+    path: pathlib.Path | None
 
+    def load(self) -> onnx.ModelProto:
+        """The model."""
+        if self.path is not None:
+            return onnx.load(self.path)
+        model: onnx.ModelProto = _loader(self.folder).load(self.name)
+        return model
+
+
+@functools.cache
+def _loader(folder: pathlib.Path) -> Any:
+    """The zoo's own module."""
+    spec = importlib.util.spec_from_file_location("zoo", folder / "zoo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zoo)
+    return zoo
+
+
+def jobs(folder: pathlib.Path, only: list[str]) -> list[Job]:
+    """Every model of a folder, or of the zoo's loader in it."""
+    found = []
     if (folder / "zoo.py").exists():
-        spec = importlib.util.spec_from_file_location("zoo", folder / "zoo.py")
-        assert spec is not None
-        assert spec.loader is not None
-        zoo = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(zoo)
-        for name in zoo.names():
-            if wanted(name):
-                yield name, zoo.entry(name)["arch"], zoo.load(name)
-    for path in sorted(folder.glob("**/*.onnx")):
-        if wanted(path.stem):
-            yield path.stem, path.stem, onnx.load(path)
+        zoo = _loader(folder)
+        found = [Job(name, zoo.entry(name)["arch"], folder, None) for name in zoo.names()]
+    found += [Job(p.stem, p.stem, folder, p) for p in sorted(folder.glob("**/*.onnx"))]
+    return [job for job in found if not only or job.name.startswith(tuple(only))]
 
 
 def torch_pruning(folder: pathlib.Path) -> dict[str, float]:
@@ -134,8 +157,20 @@ def kind(model: onnx.ModelProto) -> str:
     return "float16" if half else "float32"
 
 
-def run(name: str, model: onnx.ModelProto, rivals: tuple[float | None, bool]) -> Row:
-    """Prunes one model and checks the law."""
+def _quiet() -> None:
+    logging.disable(logging.WARNING)
+    onnxruntime.set_default_logger_severity(4)
+
+
+def run(job: Job, recorded: float | None, with_onnxsim: bool) -> Row:
+    """Prunes one model and checks the law; a failure is a row too."""
+    try:
+        return _run(job.name, job.load(), recorded, with_onnxsim)
+    except Exception as error:  # the table goes on; the row says what failed
+        return Row(job.name, f"FAILED {type(error).__name__}: {str(error)[:120]}")
+
+
+def _run(name: str, model: onnx.ModelProto, recorded: float | None, with_onnxsim: bool) -> Row:
     start = time.perf_counter()
     try:
         result = secateur.prune(model, RECIPE, measure_latency=False)
@@ -145,7 +180,6 @@ def run(name: str, model: onnx.ModelProto, rivals: tuple[float | None, bool]) ->
     total = time.perf_counter() - start - seconds["VERIFY"] - seconds["LOAD"]
     before, after = result.report.before, result.report.after
     law = check_law(model, result)
-    recorded, with_onnxsim = rivals
     return Row(
         name=name,
         outcome="verified" if law.difference < KEPT[kind(model)] else "verified, law not kept",
@@ -171,28 +205,45 @@ def _why(report: secateur.Report) -> str:
     return "; ".join([groups, *frozen])
 
 
+def _run_one(asked: tuple[Job, float | None, bool]) -> Row:
+    return run(*asked)
+
+
+def rows_of(
+    todo: list[Job], baseline: dict[str, float], with_onnxsim: bool, workers: int
+) -> Iterator[Row]:
+    """Rows as they are done. Each worker takes a few models, then a fresh one takes its place:
+    what a large model leaves in memory goes with it."""
+    asked = [(job, baseline.get(job.architecture), with_onnxsim) for job in todo]
+    if workers < 2:
+        _quiet()
+        yield from itertools.starmap(run, asked)
+        return
+    # Python 3.11's ProcessPoolExecutor hangs where it is to replace workers.
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, initializer=_quiet, maxtasksperchild=16) as pool:
+        yield from pool.imap_unordered(_run_one, asked)
+
+
 def main() -> None:
     """Prints the table and its last line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=pathlib.Path, nargs="?", default=SHARED_ZOO)
     parser.add_argument("--only", action="append", default=[], help="name prefix; may be repeated")
     parser.add_argument("--onnxsim", action="store_true", help="run onnxsim's pruning beside it")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="models at a time; times are truest with one"
+    )
     arguments = parser.parse_args()
     if not arguments.folder.exists():
         sys.exit(f"{arguments.folder} does not exist: name a folder of .onnx files")
-    logging.disable(logging.WARNING)
-    onnxruntime.set_default_logger_severity(4)
-    baseline = torch_pruning(arguments.folder)
+    todo, baseline = jobs(arguments.folder, arguments.only), torch_pruning(arguments.folder)
     print(
         f"{'model':45s} {'law':>6s} {'exc':>4s} {'params':>6s} {'MACs':>6s} {'TP':>6s} "
         f"{'osim':>6s} {'coup s':>6s} {'all s':>6s}  outcome"
     )
     rows = []
-    for name, architecture, model in models(arguments.folder, arguments.only):
-        try:
-            row = run(name, model, (baseline.get(architecture), arguments.onnxsim))
-        except Exception as error:  # the table goes on; the row says what failed
-            row = Row(name, f"FAILED {type(error).__name__}: {str(error)[:120]}")
+    for row in rows_of(todo, baseline, arguments.onnxsim, arguments.workers):
         rows.append(row)
         print(row.text(), flush=True)
     verified = [row for row in rows if row.outcome.startswith("verified")]
