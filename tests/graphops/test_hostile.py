@@ -134,6 +134,13 @@ def test_a_group_of_nonsensical_size_freezes() -> None:
     assert not graphops.inspect(_plain(change)).groups
 
 
+def test_groups_that_read_more_channels_than_enter_freeze() -> None:
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", [2, 4, 5, 5]), 4, 6))
+    net.output(net.op("Conv", x, net.floats(3, 6, 1, 1), group=3))
+    assert not graphops.inspect(net.bytes()).groups
+
+
 def test_a_tensor_without_elements_has_nothing_to_cut() -> None:
     def change(model: onnx.ModelProto) -> None:
         empty = helper.make_tensor("none", TensorProto.FLOAT, [0, 2**62], [])

@@ -191,6 +191,8 @@ def couple_convolution(
         # W (g·o, c): its axis 0 is the result's, its axis 1 the inputs of each group.
         result = own
         inputs = line(flow, x, 1, shared.size * groups)
+        if inputs.size != shared.size * groups:
+            raise ValueError(f"{inputs.size} channels enter, {groups} x {shared.size} are read")
         _couple_groups(flow, node, inputs, result, groups, (0, shared))
     else:
         # W (g·c, o): its axis 0 runs with X, its axis 1 is the outputs of each group.
