@@ -52,6 +52,15 @@ def test_operators_are_flat_where_their_rules_say(
             assert abs(y[4] - y[0]) > 1e-3  # and no further than that
 
 
+@pytest.mark.parametrize(("values", "bounds"), [([6.0], (-np.inf, 6.0)), ([6.0, 7.0], None)])
+def test_a_bound_is_one_number(values: list[float], bounds: tuple[float, float] | None) -> None:
+    net = Net()
+    net.output(net.op("Clip", net.input("x", [2]), "", net.const(np.float32(values))))
+    rule = rules.find("", "Clip", 17)
+    assert rule is not None and rule.flat is not None
+    assert rule.flat(open_model(net.bytes()).model.graph[0]) == bounds
+
+
 def test_bounds_that_are_computed_are_not_known() -> None:
     net = Net()
     net.output(net.op("Clip", net.input("x", [5]), net.input("low", [])))

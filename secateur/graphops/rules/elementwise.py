@@ -75,10 +75,10 @@ def flat_clip(node: ir.Node) -> tuple[float, float] | None:
     for index, name, none in ((1, "min", -math.inf), (2, "max", math.inf)):
         value, attribute = operand(node, index), node.attributes.get(name)
         constant = constant_of(value)
-        if value is not None and constant is None:
+        if value is not None and (constant is None or constant.size != 1):
             return None
-        if constant is not None:
-            bounds.append(float(constant.numpy()))
+        if constant is not None:  # one number, which some exporters write as a vector
+            bounds.append(float(constant.numpy().reshape(-1)[0]))
         else:
             bounds.append(none if attribute is None else attribute.as_float())
     return bounds[0], bounds[1]
