@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import secateur
 from secateur.graphops.verify.law import check_law
+from secateur.graphops.verify.runtime import open_session
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 ZOO = pathlib.Path(__file__).parents[3] / "shared" / "zoo"
@@ -571,7 +572,7 @@ def test_opset(opset: int) -> None:
     y = net.op("Reshape", x, net.ints(2, 72))
     net.output(net.op("Gemm", y, net.floats(72, 3), net.floats(3)))
     try:
-        secateur.graphops.pipeline.open_session(net.bytes())
+        open_session(net.bytes())
     except Exception as error:
         if "opset" in str(error).lower():
             pytest.skip(f"ONNX Runtime does not know opset {opset} yet")

@@ -1,0 +1,66 @@
+"""What can be cut from a model, without cutting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from secateur.graphops.calibration import CalibrationSource, open_calibration
+from secateur.graphops.model.opening import ModelSource, open_model
+from secateur.graphops.pipeline.analysed import analyse
+from secateur.graphops.pipeline.choosing import decide, offer_of
+from secateur.graphops.pipeline.clock import Clock
+from secateur.graphops.pipeline.records import (
+    frozen_records,
+    group_record,
+    region_records,
+    sensitivity_records,
+)
+from secateur.graphops.planning.sensitivity import Curve
+from secateur.graphops.verify.runtime import one_blas_thread
+from secateur.recipe import Recipe
+from secateur.report import Cost, Inspection
+
+
+def inspect(
+    model: ModelSource,
+    recipe: Recipe | None = None,
+    *,
+    calibration: CalibrationSource | None = None,
+    external_data: bool = True,
+    max_nodes: int | None = None,
+) -> Inspection:
+    """What can be cut from a model, what must stay, and why.
+
+    Args:
+        model: as for `prune`.
+        recipe: what it ignores, and which kinds may go.
+        calibration: as for `prune`; with it, what a cut of each group does to the outputs is
+            measured. Without it nothing is run.
+        external_data, max_nodes: as for `prune`.
+
+    Raises:
+        Refused: the model cannot be opened, or an ignore glob matches nothing.
+    """
+    clock = Clock(None)
+    opened = open_model(model, external_data=external_data, max_nodes=max_nodes)
+    samples = None
+    if calibration is not None:
+        samples = open_calibration(calibration, opened.model.graph).draw()
+    recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
+    units = recipe.units or ("channel", "head")
+    recipe = recipe.model_copy(update={"granularity": units}).settled(samples is not None)
+    analysed = analyse(opened, samples, recipe)
+    keep = np.ones(analysed.coupling.count + 1, np.bool_)
+    curves: Mapping[int, Curve] = {}
+    if samples is not None:
+        with one_blas_thread():
+            curves = decide(analysed, recipe, samples, None, clock).curves or {}
+    return Inspection(
+        groups=tuple(group_record(group, keep) for group in analysed.coupling.groups),
+        frozen=frozen_records(analysed.coupling),
+        cost=Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size),
+        sensitivity=sensitivity_records(analysed.coupling, curves),
+        regions=region_records(offer_of(analysed, recipe)),
+    )
