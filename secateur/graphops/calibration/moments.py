@@ -99,8 +99,7 @@ def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:
     """Every node of the main graph that is a matrix product with a constant weight."""
     opsets = dict(model.opset_imports)
     for node in model.graph:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        rule = rules.of(node, opsets)
         if rule is None or rule.linear is None or len(node.inputs) < 2:
             continue
         x, tensor = node.inputs[0], constant_of(node.inputs[1])

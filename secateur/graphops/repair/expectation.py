@@ -186,8 +186,7 @@ class Means:
         return found
 
     def _rule(self, node: ir.Node) -> Rule | None:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        return rules.find(domain, node.op_type, self.model.opset_imports.get(domain, 1))
+        return rules.of(node, self.model.opset_imports)
 
 
 def _normal(node: ir.Node, rank: int, draw: np.random.Generator) -> npt.NDArray[np.floating]:

@@ -109,8 +109,7 @@ def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
             corrected = None if fits or target is None else Correction.of_product(target)
             found.append(target if fits else corrected)
             continue
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        rule = rules.of(node, opsets)
         shape = shapes.of(str(node.outputs[0].name)) if node.outputs else None
         if rule is not None and rule.family == "recurrent":
             found.append(Gates.of(node))
@@ -124,8 +123,7 @@ def quantised(model: ir.Model) -> int:
     opsets = dict(model.opset_imports)
     count = 0
     for node in model.graph:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        rule = rules.find(domain, node.op_type, opsets.get(domain, 1))
+        rule = rules.of(node, opsets)
         if rule is None or rule.macs is None:
             continue
         weight = node.inputs[1] if len(node.inputs) > 1 else None
@@ -161,8 +159,7 @@ def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None
     reader = target.end.reader(target.node)
     if reader is None:
         return None
-    domain = "" if reader.domain == "ai.onnx" else reader.domain
-    rule = rules.find(domain, reader.op_type, opsets.get(domain, 1))
+    rule = rules.of(reader, opsets)
     return None if rule is None or rule.flat is None else rule.flat(reader)
 
 

@@ -36,6 +36,6 @@ from secateur.graphops.rules import (  # noqa: F401  importing registers
     source,
     spatial,
 )
-from secateur.graphops.rules.registry import Rule, all_reasons, all_rules, find, reason
+from secateur.graphops.rules.registry import Rule, all_reasons, all_rules, find, of, reason
 
-__all__ = ["Rule", "all_reasons", "all_rules", "find", "reason"]
+__all__ = ["Rule", "all_reasons", "all_rules", "find", "of", "reason"]

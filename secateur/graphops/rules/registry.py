@@ -10,7 +10,7 @@ is frozen and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,12 @@ def find(domain: str, op_type: str, opset: int) -> Rule | None:
         if rule.since <= opset <= rule.until:
             return rule
     return None
+
+
+def of(node: ir.Node, opsets: Mapping[str, int]) -> Rule | None:
+    """The rule for a node of a model that imports these versions of domains, None for none."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return find(domain, node.op_type, opsets.get(domain, 1))
 
 
 def explain(op_types: str, sentence: str, *, domain: str = "") -> None:
