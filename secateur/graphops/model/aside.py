@@ -31,18 +31,18 @@ def put_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, WeightsFile | No
     Returns:
         the model that refers to the file, and the file; `proto` and None, where there is no room.
     """
-    weights = WeightsFile.new()
-    moved = [tensor for tensor in proto.graph.initializer if len(tensor.raw_data) >= _LEAST]
-    offsets = []
+    weights, moved = WeightsFile.new(), []
     try:
         with weights.path.open("wb") as file:
-            for tensor in moved:
-                offsets.append(file.seek(-(-file.tell() // _PAGE) * _PAGE))
-                file.write(tensor.raw_data)
+            for tensor in proto.graph.initializer:
+                raw = tensor.raw_data  # protobuf makes a copy each time that it is asked
+                if len(raw) >= _LEAST:
+                    moved.append((tensor, file.seek(-(-file.tell() // _PAGE) * _PAGE), len(raw)))
+                    file.write(raw)
     except OSError:
         return proto, None
-    for tensor, offset in zip(moved, offsets, strict=True):
-        set_external_data(tensor, weights.path.name, offset, len(tensor.raw_data))
+    for tensor, offset, length in moved:
+        set_external_data(tensor, weights.path.name, offset, length)
         tensor.ClearField("raw_data")
     content = proto.SerializeToString()
     model_beside(weights).write_bytes(content)
