@@ -21,14 +21,13 @@ import json
 import logging
 import pathlib
 import resource
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnxruntime
 import rivals
+from cells import in_process
 from tasks import TASKS, Task
 
 import secateur
@@ -109,19 +108,6 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
     return Cell(score, macs, seconds, processor, peak)
 
 
-def in_process(task: Task, column: str, target: float, timeout: float) -> Cell:
-    """The cell, from a process of its own."""
-    command = [sys.executable, __file__, "--cell", task.name, column, str(target)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Cell(failure=f"above {timeout:.0f} s")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        return Cell(failure=last.removeprefix("secateur.errors."))
-    return Cell(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def in_order(tasks: list[Task], criteria: list[str], with_rivals: bool) -> list[Key]:
     """What is run, the most important first."""
     first = [("original", TARGETS[0])]
@@ -187,7 +173,9 @@ def main() -> None:
         for key in order:
             if key not in cells:
                 name, column, target = key
-                cells[key] = in_process(by_name[name], column, target, arguments.timeout)
+                cells[key] = in_process(
+                    Cell, __file__, (name, column, str(target)), arguments.timeout
+                )
                 if arguments.cells is not None:
                     keep(arguments.cells, key, cells[key])
             show(key, cells[key])

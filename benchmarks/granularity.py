@@ -19,14 +19,13 @@ import argparse
 import json
 import logging
 import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnxruntime
+from cells import in_process
 from tasks import ROOT, TASKS, Task
 
 import secateur
@@ -109,19 +108,6 @@ def run_cell(task: Task, fields: dict[str, Any] | None) -> Cell:
     )
 
 
-def in_process(task: Task, fields: dict[str, Any] | None, timeout: float) -> Cell:
-    """The cell, from a process of its own."""
-    command = [sys.executable, __file__, "--cell", task.name, json.dumps(fields)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return Cell(failure=f"above {timeout:.0f} s")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        return Cell(failure=last.removeprefix("secateur.errors."))
-    return Cell(**json.loads(done.stdout.splitlines()[-1]))
-
-
 def show(model: str, row: str, cell: Cell) -> None:
     """One line."""
     score = "-" if cell.score is None else f"{cell.score:.4f}"
@@ -162,7 +148,9 @@ def main() -> None:
             if arguments.rows not in row and fields is not None:
                 continue
             if (task.name, row) not in found:
-                cell = found[task.name, row] = in_process(task, fields, arguments.timeout)
+                cell = found[task.name, row] = in_process(
+                    Cell, __file__, (task.name, json.dumps(fields)), arguments.timeout
+                )
                 with arguments.into.open("a") as file:
                     entry = {"model": task.name, "row": row, "cell": asdict(cell)}
                     file.write(json.dumps(entry) + "\n")
