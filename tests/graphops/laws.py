@@ -69,12 +69,12 @@ class Analysis:
         draw = np.random.default_rng(seed)
         keep = draw.random(self.coupling.count + 1) < draw.uniform(0.3, 0.8)
         keep[0] = True
-        segments = [segment.reshape(-1) for segment in self.coupling.segments]
+        segments = list(self.coupling.segments)
         for name in self.coupling.constants:
-            segments += list(self.coupling.axes(name).values())
-        for segment in segments:
-            if segment.size and not keep[segment].any():
-                keep[draw.choice(segment)] = True
+            segments += [(units, 1) for units in self.coupling.axes(name).values()]
+        for segment, least in segments:
+            while segment.size and keep[segment].sum() < least:
+                keep[draw.choice(segment[~keep[segment]])] = True
         _, kept = cut(self.model, self.coupling, keep, self.copies)
         return Plan(source=self.sha256, recipe=secateur.Recipe(repair=False), kept=kept)
 

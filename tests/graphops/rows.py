@@ -1221,10 +1221,24 @@ def _(net: Net) -> str:
     return image_end(net, y)
 
 
-@row("TopK", "channels", freezes="INDEXED")
+@row("TopK", "channels", exact=False)
 def _(net: Net) -> str:
     values, _ = net.ops("TopK", image(net), net.ints(3), outputs=2, axis=1, name=SUBJECT)
     return image_end(net, values, 3)
+
+
+@row("TopK", "channels, by number", freezes="INDEXED")
+def _(net: Net) -> str:
+    values, places = net.ops("TopK", image(net), net.ints(3), outputs=2, axis=1, name=SUBJECT)
+    numbers = net.op("Cast", net.op("Add", places, scalar(1, np.int64)(net)), to=TensorProto.FLOAT)
+    return image_end(net, net.op("Add", values, numbers), 3)
+
+
+@row("TopK", "as many channels as data say", freezes="INDEXED")
+def _(net: Net) -> str:
+    count = net.input("k", [1], INT64)
+    values, _ = net.ops("TopK", image(net), count, outputs=2, axis=1, name=SUBJECT)
+    return image_end(net, net.op("ReduceMax", values, axes=[1], keepdims=1), 1)
 
 
 rows("CumSum", {"space": on_image("CumSum", scalar(2, np.int64))})
@@ -1924,6 +1938,70 @@ def _(net: Net) -> str:
 def _(net: Net) -> str:
     places = net.const(net.draw.integers(0, H, (2, C, H, 3)))
     return image_end(net, net.op("GatherElements", image(net), places, axis=3, name=SUBJECT))
+
+
+# What is chosen from channels, and the channels it was chosen from, are cut alike. Such a node
+# reads numbers of positions, which a cut renumbers: it is held to the law of the whole model.
+
+
+def _chosen(net: Net, op: str, keep: int = 1) -> str:
+    """Numbers of channels, (2, 3, 6, 6) of TopK and (2, 1, 6, 6) of ArgMax, moved about."""
+    x = image(net)
+    if op == "TopK":
+        y = net.ops("TopK", x, net.ints(3), outputs=2, axis=1)[1]
+    else:
+        y = net.op(op, x, axis=1, keepdims=keep)
+    y = net.op("Cast", net.op("Identity", y), to=TensorProto.INT32)
+    y = net.op("Slice", net.op("Cast", y, to=INT64), net.ints(0), net.ints(4), net.ints(2))
+    return net.op("Transpose", y, perm=[0, 1, 3, 2][: 3 + keep]) if keep else y
+
+
+def _narrow(net: Net) -> str:
+    return net.op("Slice", image(net), net.ints(0), net.ints(4), net.ints(2))
+
+
+@row("OneHot", "of chosen channels", alone=False)
+def _(net: Net) -> str:
+    chosen = _chosen(net, "ArgMax", keep=0)
+    y = net.op("OneHot", chosen, _number(C)(net), net.floats(2), axis=1, name=SUBJECT)
+    return image_end(net, y)
+
+
+@row("Equal", "chosen channels and their numbers", alone=False)
+def _(net: Net) -> str:
+    numbers = net.const(np.arange(C).reshape(C, 1, 1))
+    y = net.op("Equal", _chosen(net, "ArgMin"), numbers, name=SUBJECT)
+    return image_end(net, net.op("Cast", y, to=TensorProto.FLOAT))
+
+
+@row("Equal", "chosen channels and a range", alone=False)
+def _(net: Net) -> str:
+    numbers = net.op("Range", scalar(0, np.int64)(net), _number(C)(net), _number(1)(net))
+    chosen = net.op("Transpose", _chosen(net, "ArgMax"), perm=[0, 2, 3, 1])
+    y = net.op("Cast", net.op("Equal", numbers, chosen, name=SUBJECT), to=TensorProto.FLOAT)
+    return sequence_end(net, y)
+
+
+@row("GatherElements", "chosen channels", alone=False)
+def _(net: Net) -> str:
+    y = net.op("Transpose", _narrow(net), perm=[0, 1, 3, 2])
+    return image_end(
+        net, net.op("GatherElements", y, _chosen(net, "TopK"), axis=1, name=SUBJECT), 3
+    )
+
+
+@row("ScatterElements", "to chosen channels", alone=False)
+def _(net: Net) -> str:
+    nothing = net.op("ConstantOfShape", net.ints(2, C, H, 4))
+    values = net.conv(net.input("u", [2, 4, H, 4]), 4, 3)
+    chosen = _chosen(net, "TopK")
+    return image_end(net, net.op("ScatterElements", nothing, chosen, values, axis=1, name=SUBJECT))
+
+
+@row("Gather", "rows by chosen channels", alone=False)
+def _(net: Net) -> str:
+    chosen = net.op("ArgMax", sequence(net), axis=-1, keepdims=0)
+    return sequence_end(net, net.op("Gather", net.floats(C, 6), chosen, axis=0, name=SUBJECT), 6)
 
 
 @row("GatherElements", "channels", freezes="BARE_AXIS")

@@ -66,6 +66,7 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")
     flow.freeze_held()
+    flow.freeze_answers()
     _ignore(flow, graph, recipe.ignore)
     return units.build(flow, tuple(macs), recipe.grouped)
 
@@ -91,6 +92,8 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 def _visit(flow: Flow, node: ir.Node) -> None:
     if _is_shape_arithmetic(flow, node):
         flow.hold(node)
+        for index in range(len(node.inputs)):
+            flow.follow(node, index)  # what is known before anything is chosen
         return
     rule = rules.find(node.domain, node.op_type, flow.opset(node))
     if rule is None:
@@ -112,6 +115,9 @@ def _visit(flow: Flow, node: ir.Node) -> None:
         _freeze_reached(flow, node, "UNSUPPORTED_FORM", f"{type(error).__name__}: {error}")
         for value in node.outputs:
             flow.set(value, ())
+        return
+    if rule.moves:
+        flow.move_pointers(node)
 
 
 def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:

@@ -67,6 +67,32 @@ class Choice:
     contraction: tuple[int, int, bool] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Positions of which so many must stay, or a node would have too few."""
+
+    labels: Labels
+    least: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """Integers that name positions of an axis: what TopK and ArgMax choose.
+
+    Cutting the axis renumbers them, which is right as long as whoever reads them reads an axis that
+    is cut alike.
+
+    Attributes:
+        value: the integers.
+        labels: along the axis.
+        source: the node that chose.
+    """
+
+    value: ir.Value
+    labels: Labels
+    source: ir.Node
+
+
 @dataclass(slots=True)
 class Flow:
     """Everything one pass accumulates.
@@ -88,14 +114,16 @@ class Flow:
     frozen: list[tuple[Labels, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     rectangles: list[Labels] = field(default_factory=list)
-    segments: list[Labels] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     heads: list[Labels] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
+    pointers: dict[str, Pointer] = field(default_factory=dict)
     visit: Callable[[ir.Node], None] = field(default=lambda node: None)
     labels: int = 1  # label 0 is FIXED
     _loose: set[int] = field(default_factory=set)
+    _followed: set[tuple[ir.Node, int]] = field(default_factory=set)
     _reason_ids: dict[Reason, int] = field(default_factory=dict)
 
     # -- reading -------------------------------------------------------------------------------
@@ -282,13 +310,61 @@ class Flow:
         """Leaves to `grouping.decide` which of the two cuts of a grouped axis is made."""
         self.choices.append(choice)
 
-    def keep_one(self, labels: Labels) -> None:
-        """At least one of these positions must stay, or an axis would be empty."""
-        self.segments.append(labels)
+    def keep(self, labels: Labels, least: int = 1) -> None:
+        """So many of these positions must stay: one, or an axis would be empty."""
+        self.segments.append(Segment(labels, least))
 
     def contract(self, node: ir.Node, index: int, axis: int, exact: bool = True) -> None:
         """Records that a node sums (or normalises) over an axis of its input `index`."""
         self.contractions.append(Contraction(node, index, axis, exact))
+
+    # -- integers that name positions ----------------------------------------------------------
+
+    def point(self, value: ir.Value, labels: Labels, source: ir.Node) -> None:
+        """The integers of a tensor name positions of the axis that `labels` lie along."""
+        if value.name:
+            self.pointers[value.name] = Pointer(value, labels, source)
+
+    def pointed(self, value: ir.Value | None) -> Labels | None:
+        """Labels of the axis whose positions a tensor names, None where it names none."""
+        pointer = None if value is None else self.pointers.get(value.name or "")
+        return None if pointer is None else pointer.labels
+
+    def follow(self, node: ir.Node, index: int) -> None:
+        """Says that a node reads no other numbers than new ones from its input `index`."""
+        self._followed.add((node, index))
+
+    def choose_from(self, node: ir.Node, index: int, axis: int) -> None:
+        """A node takes positions of an axis of its input 0 that input `index` names."""
+        data, chosen = node.inputs[0], self.pointed(node.inputs[index])
+        assert data is not None and chosen is not None
+        along = self.axis(data, axis)
+        if along is None or along.size != chosen.size:
+            self.freeze(chosen, node, "BARE_AXIS", "chooses from positions that cannot be cut")
+            self.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
+        else:
+            self.join(node, chosen, along)
+            self.contract(node, 0, axis)
+        self.follow(node, index)
+
+    def move_pointers(self, node: ir.Node) -> None:
+        """The outputs hold integers of input 0 and no others."""
+        value = node.inputs[0] if node.inputs else None
+        pointer = None if value is None else self.pointers.get(value.name or "")
+        if pointer is not None:
+            self.follow(node, 0)
+            for output in node.outputs:
+                self.point(output, pointer.labels, pointer.source)
+
+    def freeze_answers(self) -> None:
+        """Freezes axes whose positions, by number, reach an output or a node that only knows
+        the old numbers."""
+        for pointer in self.pointers.values():
+            readers = ((use.node, use.idx) for use in pointer.value.uses())
+            if pointer.value.is_graph_output() or not self._followed.issuperset(readers):
+                self.freeze(
+                    pointer.labels, pointer.source, "INDEXED", "its positions are the answer"
+                )
 
     # -- where operands meet -------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Coupling:
         groups: of units that may go.
         frozen: why others may not.
         count: units are numbered 1 … count; 0 means "stays".
-        segments: sets of units of which one must stay.
+        segments: sets of units, and how many positions of each must stay.
         contractions: operand axes that nodes sum over.
         macs: cost of the nodes that multiply and accumulate.
     """
@@ -85,7 +85,7 @@ class Coupling:
     groups: tuple[UnitGroup, ...]
     frozen: tuple[FrozenReason, ...]
     count: int
-    segments: tuple[Units, ...]
+    segments: tuple[tuple[Units, int], ...]
     contractions: tuple[Contraction, ...]
     macs: tuple[MacTerm, ...]
     _blocks: Mapping[str, Blocks]
@@ -193,7 +193,7 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
         groups=_groups(flow, slices, number, unit_of),
         frozen=_frozen(flow, slices, frozen_by),
         count=int(usable.sum()),
-        segments=tuple(unit_of[labels] for labels in flow.segments),
+        segments=tuple((unit_of[s.labels].reshape(-1), s.least) for s in flow.segments),
         contractions=tuple(flow.contractions),
         macs=macs,
         _blocks=flow.blocks_of,

@@ -45,11 +45,16 @@ def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
 
 
 def _protected(coupling: Coupling, scores: Scores) -> Mask:
-    """The best unit of every range of which something must stay."""
+    """The best units of every range of which something must stay, as many as that takes."""
     protected = np.zeros(coupling.count + 1, np.bool_)
-    for segment in (segment.reshape(-1) for segment in coupling.segments):
-        if segment.size and segment.all():
-            protected[segment[np.argmax(scores[segment])]] = True
+    for segment, least in coupling.segments:
+        least -= int((segment == 0).sum())
+        units, times = np.unique(segment[segment > 0], return_counts=True)
+        for place in np.argsort(-scores[units], kind="stable"):
+            if least <= 0:
+                break
+            protected[units[place]] = True
+            least -= int(times[place])
     return protected
 
 

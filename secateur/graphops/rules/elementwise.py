@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE
+from secateur.graphops.coupling.labels import BARE, single
 from secateur.graphops.model.shapes import constant_of
-from secateur.graphops.rules.attributes import integer, operand, rank
+from secateur.graphops.rules.attributes import KnowsValues, integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 UNARY = (
     "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Ceil Celu Cos Cosh Dropout Elu "
-    "Erf Exp Floor Gelu Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Round Selu "
+    "Erf Exp Floor Gelu IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Round Selu "
     "Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
 BROADCASTING = (
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less "
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Greater GreaterOrEqual Less "
     "LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
 )
 
@@ -33,6 +34,13 @@ def couple_unary(flow: Flow, node: ir.Node) -> None:
     blocks = flow.blocks(node.inputs[0])
     for output in node.outputs:
         flow.set(output, blocks)
+
+
+def couple_cast(flow: Flow, node: ir.Node) -> None:
+    """Labels pass; integers that name positions do so in any width."""
+    couple_unary(flow, node)
+    if ir.DataType(integer(node, "to", 1)) in (ir.DataType.INT32, ir.DataType.INT64):
+        flow.move_pointers(node)
 
 
 def rewrite_cast(surgeon: Surgeon, node: ir.Node) -> None:
@@ -99,6 +107,49 @@ def couple_broadcast(flow: Flow, node: ir.Node) -> None:
     flow.set(node.outputs[0], flow.meet(node, operands, letters))
 
 
+def couple_equal(flow: Flow, node: ir.Node) -> None:
+    """As any that broadcasts; chosen positions are compared with 0, 1, 2 … along an axis that
+    then runs with the one they were chosen from (one-hot, as some exporters spell it)."""
+    for index in (0, 1):
+        chosen = flow.pointed(node.inputs[index])
+        axis = None if chosen is None else _counting(flow, node, 1 - index, chosen.size)
+        one = (flow.shape(node.inputs[index]) or ())[axis : (axis or 0) + 1 or None]
+        if chosen is not None and axis is not None and one in ((), (1,)):
+            flow.hold(node)
+            for value in node.inputs:
+                flow.freeze_value(value, node, "BARE_AXIS", "is compared with numbers")
+            flow.follow(node, index)
+            flow.set(node.outputs[0], single(axis + (rank(flow, node.outputs[0]) or 0), chosen))
+            return
+    couple_broadcast(flow, node)
+
+
+def _counting(known_by: KnowsValues, node: ir.Node, index: int, size: int) -> int | None:
+    """The axis of the output along which input `index` counts 0 … size - 1, None if none."""
+    numbers = known_by.value(node.inputs[index])
+    if (
+        numbers is None
+        or numbers.size != size
+        or not np.array_equal(numbers.reshape(-1), np.arange(size))
+    ):
+        return None
+    return numbers.shape.index(size) - numbers.ndim
+
+
+def rewrite_equal(surgeon: Surgeon, node: ir.Node) -> None:
+    """Numbers count the positions that stay."""
+    size = len(surgeon.shape(node.outputs[0]))
+    for axis in surgeon.changed_sizes(node.outputs[0]):
+        for index in (0, 1):
+            whole = int(surgeon.shape(node.outputs[0])[axis] or 0)
+            place = _counting(surgeon, node, index, whole)
+            numbers = surgeon.value(node.inputs[index])
+            if numbers is not None and place is not None and place % size == axis:
+                left = np.arange(surgeon.size(node.outputs[0], axis))
+                shape = [left.size if n == whole else 1 for n in numbers.shape]
+                surgeon.set_input(node, index, left.reshape(shape), like=numbers.dtype)
+
+
 def _nothing_moves(flow: Flow, node: ir.Node) -> bool:
     """Whether an activation without labels spans the whole result, as in mask arithmetic.
 
@@ -135,12 +186,14 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
 
 
 register(UNARY, "unary", couple_unary, reads=(0,))
+register("Identity", "unary", couple_unary, reads=(0,), moves=True)
 register("Relu", "unary", couple_unary, reads=(0,), flat=flat_relu)
 register("HardSwish", "unary", couple_unary, reads=(0,), flat=flat_hard_swish)
 register("HardSigmoid", "unary", couple_unary, reads=(0,), flat=flat_hard_sigmoid)
 register("Clip", "unary", couple_unary, reads=(0,), flat=flat_clip)
-register("Cast", "unary", couple_unary, rewrite=rewrite_cast, reads=(0,))
+register("Cast", "unary", couple_cast, rewrite=rewrite_cast, reads=(0,))
 register("CastLike", "unary", couple_unary)  # the second input says only a type
 register(BROADCASTING, "broadcast", couple_broadcast)
+register("Equal", "broadcast", couple_equal, rewrite=rewrite_equal)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain="com.microsoft")

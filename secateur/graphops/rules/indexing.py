@@ -56,7 +56,7 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         cut = tuple(index[axis] for axis in block.axes)
         labels = block.labels[cut]
         if labels.size != block.labels.size:
-            flow.keep_one(labels)
+            flow.keep(labels)
         result.append(Block(block.axes, labels))
     return flow.set(node.outputs[0], tuple(result))
 
@@ -111,7 +111,7 @@ def couple_split(flow: Flow, node: ir.Node) -> None:
                 result += (block,)
                 continue
             part = block.labels.take(range(start, stop), axis=block.axes.index(axis))
-            flow.keep_one(part)
+            flow.keep(part)
             # A range of one head of a joint block leaves a plain axis of head positions.
             result += simplify(Block(block.axes, part)) if part.ndim > 1 else single(axis, part)
         flow.set(output, result)
@@ -205,10 +205,12 @@ def _meet_without(
 
 
 def couple_gather(flow: Flow, node: ir.Node) -> None:
-    """Known indices take the same labels. Unknown ones (an embedding) freeze the indexed axis."""
+    """Known indices take the same labels, chosen ones run with what they were chosen from.
+    Others (an embedding) freeze the indexed axis."""
     data, indices = node.inputs[0], node.inputs[1]
     size, wide = rank(flow, data), rank(flow, indices)
-    if data is None or not flow.blocks(data):
+    chosen = flow.pointed(indices)
+    if data is None or (not flow.blocks(data) and chosen is None):
         return None
     if size is None or wide is None:
         return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
@@ -216,7 +218,10 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
     if _is_reshape(flow, node):
         return movement.couple_reshape(flow, node)
     known = flow.value(indices)
-    if known is None or not flow.shapes.fixed_entries(str(indices.name if indices else "")).all():  # type: ignore[union-attr]
+    fixed = flow.shapes.fixed_entries(str(indices.name if indices is not None else ""))
+    if chosen is not None:
+        flow.choose_from(node, 1, axis)
+    elif known is None or fixed is None or not fixed.all():
         flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
         known = None
     result: Blocks = BARE
@@ -252,7 +257,7 @@ def _gather_block(
     if known.ndim == 0 and block.labels.ndim == 1:
         flow.freeze(labels, node, "INDEXED", "is taken by its position")
         return BARE
-    flow.keep_one(labels)
+    flow.keep(labels)
     taken = list(range(axis, axis + known.ndim))
     axes = sorted([*places, *taken])
     if axes != [*places[:place], *taken, *places[place:]]:
@@ -401,10 +406,10 @@ def rewrite_pad(surgeon: Surgeon, node: ir.Node) -> None:
     surgeon.set_input(node, 1, [front[a] for a in places] + [back[a] for a in places])
 
 
-register("Slice", "indexing", couple_slice, rewrite=rewrite_slice, reads=(0,))
-register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,))
+register("Slice", "indexing", couple_slice, rewrite=rewrite_slice, reads=(0,), moves=True)
+register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,), moves=True)
 register("Concat", "indexing", couple_concat)
-register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,))
+register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,), moves=True)
 register("GatherND", "indexing", couple_gather_nd, reads=(0,))
 register("ScatterND", "indexing", couple_scatter_nd, reads=(0, 2))
 register("Pad", "indexing", couple_pad, rewrite=rewrite_pad, reads=(0,))

@@ -157,10 +157,12 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
     return _set(flow, node, tuple(blocks))
 
 
-register("Transpose", "movement", couple_transpose, reads=(0,))
-register("Squeeze", "movement", couple_squeeze, reads=(0,))
-register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,))
-register("Flatten", "movement", couple_reshape, reads=(0,))
-register("Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5, reads=(0,))
-register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,))
-register("Tile", "movement", couple_tile, reads=(0,))
+register("Transpose", "movement", couple_transpose, reads=(0,), moves=True)
+register("Squeeze", "movement", couple_squeeze, reads=(0,), moves=True)
+register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,), moves=True)
+register("Flatten", "movement", couple_reshape, reads=(0,), moves=True)
+register(
+    "Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5, reads=(0,), moves=True
+)
+register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,), moves=True)
+register("Tile", "movement", couple_tile, reads=(0,), moves=True)

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import Block
+from secateur.graphops.coupling.labels import Block, single
 from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
+from secateur.graphops.surgery.surgeon import Surgeon
 
 
 def _carry_others(flow: Flow, node: ir.Node, whole: Collection[int], detail: str) -> None:
@@ -74,20 +75,37 @@ def couple_compress(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_one_hot(flow: Flow, node: ir.Node) -> None:
-    """Each index becomes a row along a new axis; the axes of the indices stay what they are."""
+    """Each index becomes a row along a new axis; the axes of the indices stay what they are.
+
+    The new axis runs with the one that the indices were chosen from.
+    """
     size = rank(flow, node.outputs[0])
     if not size:
         flow.freeze_value(node.inputs[0], node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     new = integer(node, "axis", -1) % size
     blocks = flow.blocks(node.inputs[0])
-    moved = (Block(tuple(a + (a >= new) for a in b.axes), b.labels) for b in blocks)
-    flow.set(node.outputs[0], tuple(moved))
+    moved = tuple(Block(tuple(a + (a >= new) for a in b.axes), b.labels) for b in blocks)
+    chosen, depth = flow.pointed(node.inputs[0]), flow.value(node.inputs[1])
+    if chosen is not None and depth is not None and chosen.size == int(depth.reshape(-1)[0]):
+        flow.follow(node, 0)
+        moved += single(new, chosen)
+    flow.set(node.outputs[0], moved)
+
+
+def rewrite_one_hot(surgeon: Surgeon, node: ir.Node) -> None:
+    """The depth is the number of positions that stay."""
+    new = integer(node, "axis", -1) % len(surgeon.shape(node.outputs[0]))
+    depth = surgeon.value(node.inputs[1])
+    if depth is not None and surgeon.kept(node.outputs[0], new) is not None:
+        size = surgeon.size(node.outputs[0], new)
+        surgeon.set_input(node, 1, np.full_like(depth, size), like=depth.dtype)
 
 
 def couple_elements(flow: Flow, node: ir.Node) -> None:
     """GatherElements and ScatterElements: data, indices (and updates) run together on all axes
-    but the indexed one, as far as they are equally long there."""
+    but the indexed one, as far as they are equally long there. The indexed one runs with what the
+    indices were chosen from."""
     shapes = [flow.shape(value) for value in node.inputs]
     sizes = shapes[0]
     if not sizes or any(shape is None or len(shape) != len(sizes) for shape in shapes):
@@ -101,6 +119,11 @@ def couple_elements(flow: Flow, node: ir.Node) -> None:
     ]
     operands = [(index, letters) for index in range(len(node.inputs))]
     result = [-1 - place if letter is None else letter for place, letter in enumerate(letters)]
+    if flow.pointed(node.inputs[1]) is not None and integer(node, "axis", 0) >= -len(sizes):
+        flow.choose_from(node, 1, axis)
+        operands[0] = (0, [axis if place == axis else x for place, x in enumerate(letters)])
+        if len(shapes) > 2:  # what is scattered to keeps its positions
+            result[axis] = axis
     flow.set(node.outputs[0], flow.meet(node, operands, result))
 
 
@@ -141,7 +164,7 @@ register("Trilu", "positions", couple_trilu, reads=(0,))
 register("CumProd", "positions", couple_cumulative, reads=(0,))
 register("DFT", "positions", couple_dft, reads=(0,))
 register("Compress", "positions", couple_compress, reads=(0,))
-register("OneHot", "positions", couple_one_hot, reads=(0,))
+register("OneHot", "positions", couple_one_hot, rewrite=rewrite_one_hot, reads=(0,))
 register("GatherElements Scatter ScatterElements", "positions", couple_elements)
 register("TensorScatter", "positions", couple_tensor_scatter, reads=(0, 1))
 register("Col2Im", "positions", couple_columns, reads=(0,))

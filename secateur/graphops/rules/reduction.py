@@ -64,14 +64,24 @@ def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
 
 
 def couple_index(flow: Flow, node: ir.Node) -> None:
-    """ArgMax and the like answer with positions: the axis must stay whole."""
+    """ArgMax and the like choose positions: of fewer, and name them by new numbers.
+
+    TopK needs as many as it chooses. Whoever reads the numbers decides whether the axis may be cut.
+    """
     value, size = node.inputs[0], rank(flow, node.inputs[0])
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     default = -1 if node.op_type == "TopK" else 0
     axis = integer(node, "axis", default) % size
-    flow.freeze_axis(value, axis, node, "INDEXED", "its positions are the answer")
-    blocks = flow.blocks(value)
+    chosen = integers_at(flow, node, 1, "k") if node.op_type == "TopK" else [1]
+    if chosen is None:
+        flow.freeze_axis(value, axis, node, "INDEXED", "so many of them are the answer as data say")
+    along = flow.axis(value, axis)
+    if along is not None and chosen is not None:
+        flow.contract(node, 0, axis, exact=False)
+        flow.keep(along, chosen[0])
+        flow.point(node.outputs[-1], along, node)
+    blocks = tuple(block for block in flow.blocks(value) if axis not in block.axes)
     if not integer(node, "keepdims", 1):
         blocks = tuple(type(b)(tuple(a - (a > axis) for a in b.axes), b.labels) for b in blocks)
     for output in node.outputs:

@@ -46,6 +46,7 @@ class Rule:
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
+        moves: whether the outputs hold elements of input 0 and no others.
         domain, op_type: the operator, `ai.onnx` spelt as the empty string.
         since, until: opset versions for which it holds, inclusive.
     """
@@ -59,6 +60,7 @@ class Rule:
     flat: Flat | None
     roles: dict[int, str]
     reads: tuple[int, ...] | None
+    moves: bool
     domain: str
     op_type: str
     since: int
@@ -82,6 +84,7 @@ def register(
     flat: Flat | None = None,
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
+    moves: bool = False,
     domain: str = "",
     since: int = 1,
     until: int = _LATEST,
@@ -110,6 +113,7 @@ def register(
                 flat,
                 roles or {},
                 reads,
+                moves,
                 domain,
                 op_type,
                 since,

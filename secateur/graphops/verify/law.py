@@ -42,6 +42,8 @@ _ZERO_POINTS = {
     "QAttention": 6,
 }
 # Operator → the last input that runs with the channels.
+# Operator → the output that names positions of what it compared.
+_NUMBERS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
 _LAST_PARAMETER = {"EmbedLayerNormalization": 6, "QEmbedLayerNormalization": 6}
 
 
@@ -238,6 +240,13 @@ class _Builder:
         (node.graph or self._graph).insert_before(node, before)
         node.replace_input_with(first, before.outputs[0])
         if node.op_type.startswith("Reduce"):
+            return
+        if node.op_type in _NUMBERS:  # of those that stay → of all
+            numbers = node.outputs[_NUMBERS[node.op_type]]
+            all_of = self._node("Gather", [self._constant(stay), numbers], axis=0)
+            numbers.replace_all_uses_with(all_of.outputs[0])
+            all_of.replace_input_with(1, numbers)
+            (node.graph or self._graph).insert_after(node, all_of)
             return
         per_channel = node.op_type == "GroupNormalization"  # its vectors run with axis 1
         across = per_channel or "LayerNorm" in node.op_type or "RMSNorm" in node.op_type
