@@ -79,7 +79,8 @@ ReportFile = Annotated[
 Granularity = Annotated[
     str | None,
     typer.Option(
-        metavar="KIND,…", help="What may go: channel, head or head_dim, layer, rank, weight."
+        metavar="KIND,…",
+        help="What may go: channel, head or head_dim, expert, layer, rank, weight.",
     ),
 ]
 Ignore = Annotated[

@@ -35,7 +35,8 @@ Criterion = Literal[
 ]
 Reduction = Literal["sum", "mean", "max", "first"]
 Normaliser = Literal["none", "mean", "max", "isomorphic"]
-Granularity = Literal["channel", "head", "head_dim", "weight", "layer", "rank"]
+Granularity = Literal["channel", "head", "head_dim", "expert", "weight", "layer", "rank"]
+UNITS: tuple[Granularity, ...] = ("channel", "head", "expert")
 Grouped = Literal["auto", "whole", "balanced"]
 WeightCriterion = Literal["magnitude", "wanda", "second_order"]
 Quantize = Literal["int8", "int8_dynamic", "fp16"]
@@ -80,12 +81,13 @@ class Recipe(BaseModel):
             or `max` of the group divides them, `isomorphic` replaces them by their rank among the
             groups of the same structure, which then shrink alike; `none` leaves them.
         granularity: which kinds of units may go. `head_dim`, in the place of `head`: the same
-            dimensions of every attention head instead of whole heads. `weight`: single weights
-            of what is left, as `sparsity` says. `layer`: parts of the model that end in the shape
-            in which they begin, whole; needs calibration data and a target among `macs`, `params`
-            and `layers`. `rank`: matrix products are split in two with few channels between; needs
-            a target among `macs` and `params`. With units beside `layer` or `rank`, how much goes
-            as which is measured, on calibration data.
+            dimensions of every attention head instead of whole heads. `expert`: whole experts of a
+            mixture, with calibration data those that its router chooses least. `weight`: single
+            weights of what is left, as `sparsity` says. `layer`: parts of the model that end in the
+            shape in which they begin, whole; needs calibration data and a target among `macs`,
+            `params` and `layers`. `rank`: matrix products are split in two with few channels
+            between; needs a target among `macs` and `params`. With units beside `layer` or `rank`,
+            how much goes as which is measured, on calibration data.
         grouped: what grouped convolutions and group normalisations lose: `whole` groups,
             `balanced` parts (the same channels of every group), or `auto`: whichever leaves more
             channels free, and among equals balanced parts where they leave eight units or more.
@@ -122,7 +124,7 @@ class Recipe(BaseModel):
     criterion: Criterion | None = None
     reduction: Reduction = "sum"
     normaliser: Normaliser = "mean"
-    granularity: tuple[Granularity, ...] = Field(default=("channel", "head"), min_length=1)
+    granularity: tuple[Granularity, ...] = Field(default=UNITS, min_length=1)
     grouped: Grouped = "auto"
     scope: Scope | None = None
     ignore: tuple[str, ...] = ()

@@ -138,7 +138,7 @@ class Group(_Value):
 
     Attributes:
         id: stable within one model.
-        kind: `channel`, `head` or `head_dim`.
+        kind: `channel`, `head`, `head_dim` or `expert`.
         units: how many there are.
         kept: how many are kept (equal to `units` in `inspect`).
         channels_per_unit: positions of the widest tensor axis that one unit takes.

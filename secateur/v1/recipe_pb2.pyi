@@ -51,6 +51,7 @@ class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GRANULARITY_WEIGHT: _ClassVar[Granularity]
     GRANULARITY_LAYER: _ClassVar[Granularity]
     GRANULARITY_RANK: _ClassVar[Granularity]
+    GRANULARITY_EXPERT: _ClassVar[Granularity]
 
 class WeightCriterion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -112,6 +113,7 @@ GRANULARITY_HEAD_DIM: Granularity
 GRANULARITY_WEIGHT: Granularity
 GRANULARITY_LAYER: Granularity
 GRANULARITY_RANK: Granularity
+GRANULARITY_EXPERT: Granularity
 WEIGHT_CRITERION_UNSPECIFIED: WeightCriterion
 WEIGHT_CRITERION_MAGNITUDE: WeightCriterion
 WEIGHT_CRITERION_WANDA: WeightCriterion

@@ -1940,6 +1940,29 @@ def _(net: Net) -> str:
     return image_end(net, net.op("GatherElements", image(net), places, axis=3, name=SUBJECT))
 
 
+def _mixture(op: str, **attributes: Any) -> Build:
+    """Tokens and a router's logits → experts; (10, 8) with 4 channels inside."""
+
+    def build(net: Net) -> str:
+        x = net.dense(net.input("x", [10, 4]), 4, C)
+        operands = [x, net.dense(x, C, 6)]
+        for rows_, columns in ((4, C), (C, 4)):
+            if op == "MoE":
+                operands.append(net.floats(6, rows_, columns))
+            else:
+                packed = net.draw.integers(0, 256, (6, rows_, columns // 2)).astype(np.uint8)
+                operands += [net.const(packed), net.floats(6, rows_, low=0.01)]
+            operands.append(net.floats(6, rows_))
+        y = net.op(op, *operands, domain=MS, k=2, name=SUBJECT, **attributes)
+        return sequence_end(net, y)
+
+    return build
+
+
+for _op in ("MoE", "QMoE"):
+    rows(_op, {"": _mixture(_op)}, domain=MS, exact=False)
+
+
 # What is chosen from channels, and the channels it was chosen from, are cut alike. Such a node
 # reads numbers of positions, which a cut renumbers: it is held to the law of the whole model.
 

@@ -39,13 +39,16 @@ class Reason:
 class Contraction:
     """An operand axis that a node sums over: where a cut equals a zero (the law).
 
-    `exact` is false where the node divides by the count, or compares across the axis.
+    `exact` is false where the node divides by the count, or compares across the axis. `chosen` says
+    how many of the largest positions it takes (of the smallest where negative), 0 where it weighs
+    all of them by a softmax, and None where it does not weigh one against the other.
     """
 
     node: ir.Node
     index: int
     axis: int
     exact: bool
+    chosen: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ class Flow:
     rectangles: list[Labels] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     heads: list[Labels] = field(default_factory=list)
+    experts: list[Labels] = field(default_factory=list)
+    stacks: list[Labels] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
@@ -314,9 +319,17 @@ class Flow:
         """So many of these positions must stay: one, or an axis would be empty."""
         self.segments.append(Segment(labels, least))
 
-    def contract(self, node: ir.Node, index: int, axis: int, exact: bool = True) -> None:
-        """Records that a node sums (or normalises) over an axis of its input `index`."""
-        self.contractions.append(Contraction(node, index, axis, exact))
+    def contract(
+        self,
+        node: ir.Node,
+        index: int,
+        axis: int,
+        exact: bool = True,
+        chosen: int | None = None,
+    ) -> None:
+        """Records that a node sums (or normalises) over an axis of its input `index`, or chooses
+        from it."""
+        self.contractions.append(Contraction(node, index, axis, exact, chosen))
 
     # -- integers that name positions ----------------------------------------------------------
 
@@ -345,6 +358,7 @@ class Flow:
         else:
             self.join(node, chosen, along)
             self.contract(node, 0, axis)
+            self.experts.append(chosen)
         self.follow(node, index)
 
     def move_pointers(self, node: ir.Node) -> None:

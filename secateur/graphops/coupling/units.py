@@ -36,7 +36,7 @@ class UnitGroup:
 
     Attributes:
         id: of the first constant axis the units slice; stable within one model.
-        kind: `channel`, `head` or `head_dim`.
+        kind: `channel`, `head`, `head_dim` or `expert`.
         units: their numbers, in the order in which they lie along the first constant's axis.
         axes: (constant, axis) → how many positions one unit takes there.
         normalised_by: nodes that normalise or reduce inexactly across them.
@@ -242,6 +242,7 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
     _, first, group = np.unique(signature, return_index=True, return_inverse=True)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     heads = _flags(flow.heads, unit_of, number)
+    experts = _flags(flow.experts, unit_of, number) | _compared_stacks(flow, unit_of, number)
     kind = "head_dim" if flow.by_dimension else "head"
     order = np.argsort(first)  # groups in the order of their first units
     group_of = np.full(int(number.max()) + 1, -1)
@@ -260,7 +261,7 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
         groups.append(
             UnitGroup(
                 id=f"{first_name}[{first_axis}]",
-                kind=kind if heads[units[0]] else "channel",
+                kind="expert" if experts[units[0]] else kind if heads[units[0]] else "channel",
                 units=units,
                 axes=taken,
                 normalised_by=tuple(sorted(normalised.get(rank, ()))),
@@ -288,6 +289,21 @@ def _flags(marked: list[Labels], unit_of: Units, number: Units) -> npt.NDArray[n
         flags[unit_of[labels]] = True
     flags[0] = False
     return flags
+
+
+def _compared_stacks(flow: Flow, unit_of: Units, number: Units) -> npt.NDArray[np.bool_]:
+    """Units that hold one matrix each of a stack, and are weighed by a softmax across them."""
+    stacked = _flags(flow.stacks, unit_of, number)
+    if not stacked.any():
+        return stacked
+    weighed = [
+        block.labels
+        for contraction in flow.contractions
+        if contraction.chosen == 0
+        for block in flow.blocks(contraction.node.inputs[contraction.index])
+        if contraction.axis in block.axes
+    ]
+    return stacked & _flags(weighed, unit_of, number)
 
 
 def _normalised(flow: Flow, group_of: npt.NDArray[np.int64]) -> dict[int, set[str]]:

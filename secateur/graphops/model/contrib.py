@@ -153,6 +153,8 @@ _CONTRIB: _Table = {
     "QuantizeLinear": _first,
     "DequantizeLinear": _first,
     "QLinearSoftmax": _first,
+    "MoE": _first,
+    "QMoE": _first,
     "QLinearWhere": _where,
     "EmbedLayerNormalization": _embed,
     "QEmbedLayerNormalization": _embed,

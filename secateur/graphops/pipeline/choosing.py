@@ -16,6 +16,7 @@ from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.criteria import CRITERIA, Context
+from secateur.graphops.criteria.routing import routing
 from secateur.graphops.model.writing import serialise
 from secateur.graphops.pipeline.analysed import Analysed, shapes_of
 from secateur.graphops.pipeline.clock import Clock
@@ -344,7 +345,7 @@ def decide(
             context = Context(
                 analysed.opened.model, coupling, observed, recipe.seed, recipe.reduction
             )
-            scores = CRITERIA[recipe.criterion or "l2"](context)
+            scores = routing(context, CRITERIA[recipe.criterion or "l2"](context))
     curves = None
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:

@@ -19,7 +19,7 @@ from secateur.graphops.pipeline.records import (
 )
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.verify.runtime import one_blas_thread
-from secateur.recipe import Recipe
+from secateur.recipe import UNITS, Recipe
 from secateur.report import Cost, Inspection
 
 
@@ -49,7 +49,7 @@ def inspect(
     if calibration is not None:
         samples = open_calibration(calibration, opened.model.graph).draw()
     recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
-    units = recipe.units or ("channel", "head")
+    units = recipe.units or UNITS
     recipe = recipe.model_copy(update={"granularity": units}).settled(samples is not None)
     analysed = analyse(opened, samples, recipe)
     keep = np.ones(analysed.coupling.count + 1, np.bool_)

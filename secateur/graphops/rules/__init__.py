@@ -12,6 +12,7 @@
 | recurrent | RNN, GRU, LSTM |
 | spatial | pooling, Resize, depth-to-space |
 | attention | fused attention, rotary embedding |
+| experts | mixtures of experts in one node |
 | fused | what ONNX Runtime's optimizers emit |
 | quantised | QLinear operators and the like |
 | control | If, Loop, Scan and their bodies |
@@ -24,6 +25,7 @@ from secateur.graphops.rules import (  # noqa: F401  importing registers
     contraction,
     control,
     elementwise,
+    experts,
     frozen,
     fused,
     indexing,

@@ -44,6 +44,9 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
     right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
     result = [*range(max(batch, 0)), *(["m"] if a > 1 else []), *(["n"] if b > 1 else [])]
     flow.set(node.outputs[0], flow.meet(node, [(0, left), (1, right)], result, heads=True))
+    for value, axes in zip(node.inputs, (a - 2, b - 2), strict=True):
+        if value is not None and value.name in flow.constants:
+            flow.stacks += [b.labels for b in flow.blocks(value) if max(b.axes) < axes]
     return None
 
 

@@ -119,6 +119,7 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
             for value in node.inputs:
                 flow.freeze_value(value, node, "BARE_AXIS", "is compared with numbers")
             flow.follow(node, index)
+            flow.experts.append(chosen)
             flow.set(node.outputs[0], single(axis + (rank(flow, node.outputs[0]) or 0), chosen))
             return
     couple_broadcast(flow, node)

@@ -68,7 +68,6 @@ explain(
     "its numbers are packed in blocks that run over rows",
     domain=CONTRIB,
 )
-explain("MoE QMoE", "it holds several layers, chosen by data, in one node", domain=CONTRIB)
 explain(
     "DynamicQuantizeLSTM",
     "its gates are packed side by side in integers whose scales are shared",

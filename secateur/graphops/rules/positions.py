@@ -89,6 +89,7 @@ def couple_one_hot(flow: Flow, node: ir.Node) -> None:
     chosen, depth = flow.pointed(node.inputs[0]), flow.value(node.inputs[1])
     if chosen is not None and depth is not None and chosen.size == int(depth.reshape(-1)[0]):
         flow.follow(node, 0)
+        flow.experts.append(chosen)
         moved += single(new, chosen)
     flow.set(node.outputs[0], moved)
 

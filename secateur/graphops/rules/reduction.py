@@ -59,7 +59,7 @@ def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
     axis = integer(node, "axis", 1 if old else -1) % max(size, 1)
     for other in range(axis, size if old else axis + 1):
         if flow.axis(value, other) is not None:
-            flow.contract(node, 0, other, exact=False)
+            flow.contract(node, 0, other, exact=False, chosen=0)
     return flow.set(node.outputs[0], flow.blocks(value))
 
 
@@ -78,7 +78,8 @@ def couple_index(flow: Flow, node: ir.Node) -> None:
         flow.freeze_axis(value, axis, node, "INDEXED", "so many of them are the answer as data say")
     along = flow.axis(value, axis)
     if along is not None and chosen is not None:
-        flow.contract(node, 0, axis, exact=False)
+        smallest = node.op_type == "ArgMin" or not integer(node, "largest", 1)
+        flow.contract(node, 0, axis, exact=False, chosen=-chosen[0] if smallest else chosen[0])
         flow.keep(along, chosen[0])
         flow.point(node.outputs[-1], along, node)
     blocks = tuple(block for block in flow.blocks(value) if axis not in block.axes)

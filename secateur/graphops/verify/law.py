@@ -42,6 +42,8 @@ _ZERO_POINTS = {
     "QAttention": 6,
 }
 # Operator → the last input that runs with the channels.
+# Operators that choose and weigh inside; what is not there has a logit of −∞.
+_ROUTED = ("MoE", "QMoE")
 # Operator → the output that names positions of what it compared.
 _NUMBERS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
 _LAST_PARAMETER = {"EmbedLayerNormalization": 6, "QEmbedLayerNormalization": 6}
@@ -121,6 +123,9 @@ def _reference(
             builder.zero(node, contraction.index, contraction.axis, rank, mask)
         else:
             exceptions.append(node.name or str(node.outputs[0].name))
+            if node.op_type in _ROUTED:
+                builder.lower(node, contraction.index, mask)
+                continue
             builder.without(node, contraction.index, contraction.axis, rank, mask)
     return clone, tuple(sorted(set(exceptions)))
 
@@ -218,6 +223,17 @@ class _Builder:
             zero = np.zeros((), dtype.numpy())
             nothing = zero_point or self._constant(zero)
             where = self._node("Where", [self._constant(lined), value, nothing])
+        (node.graph or self._graph).insert_before(node, where)
+        node.replace_input_with(index, where.outputs[0])
+
+    def lower(self, node: ir.Node, index: int, mask: npt.NDArray[np.bool_]) -> None:
+        """Where(mask, x, the lowest number) before input `index`, along its last axis."""
+        value = node.inputs[index]
+        assert value is not None
+        dtype = value.dtype or self._types.get(str(value.name), ir.DataType.FLOAT)
+        lowest = np.array(dtype.min, dtype.numpy())
+        operands = [self._constant(mask), value, self._constant(lowest)]
+        where = self._node("Where", operands)
         (node.graph or self._graph).insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 

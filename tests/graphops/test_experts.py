@@ -1,0 +1,220 @@
+"""Mixtures of experts: whole experts are units, and go with their columns of the router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from laws import FLOAT32, Analysis, lawful, prune
+from nets import Net
+from onnx import TensorProto, numpy_helper
+
+from secateur.errors import Code, Refused
+from secateur.graphops.verify.law import check_law
+
+E, D, H, T, K = 6, 8, 12, 10, 2  # experts, width, width inside, tokens, experts of a token
+
+Mixture = Callable[[Net, str, str], str]  # tokens (T, D), logits (T, E) → (T, D)
+
+
+def model(mixture: Mixture, router: np.ndarray | None = None) -> bytes:
+    """Tokens → a dense layer → the mixture → a dense layer; the router's bias is `router`."""
+    net = Net()
+    net.domains["com.microsoft"] = 1
+    x = net.op("Tanh", net.dense(net.input("x", [T, D]), D, D))
+    logits = net.op("MatMul", x, net.floats(D, E, name="router"))
+    if router is not None:
+        logits = net.op("Add", logits, net.const(router.astype(np.float32), "bias"))
+    y = mixture(net, x, logits)
+    net.output(net.dense(net.op("Tanh", net.dense(y, D, 7)), 7, 3))
+    return net.bytes()
+
+
+def _all(net: Net, x: str) -> str:
+    """Every expert on every token, (E, T, D)."""
+    inner = net.op("MatMul", net.op("Unsqueeze", x, net.ints(0)), net.floats(E, D, H, name="W1"))
+    return net.op("MatMul", net.op("Tanh", inner), net.floats(E, H, D, name="W2"))
+
+
+def _sum(net: Net, gates: str, y: str) -> str:
+    """(T, E), (E, T, D) → (T, D)."""
+    gates = net.op("Unsqueeze", net.op("Transpose", gates, perm=[1, 0]), net.ints(2))
+    return net.op("ReduceSum", net.op("Mul", gates, y), net.ints(0), keepdims=0)
+
+
+def _top(net: Net, logits: str) -> list[str]:
+    """Weights and numbers of the experts that go on, (T, K)."""
+    weights = net.op("Softmax", logits, axis=-1)
+    return net.ops("TopK", weights, net.ints(K), outputs=2, axis=-1, name="top")
+
+
+def soft(net: Net, x: str, logits: str) -> str:
+    return _sum(net, net.op("Softmax", logits, axis=-1), _all(net, x))
+
+
+def scattered(net: Net, x: str, logits: str) -> str:
+    weights, chosen = _top(net, logits)
+    nothing = net.op("ConstantOfShape", net.ints(T, E))
+    return _sum(net, net.op("ScatterElements", nothing, chosen, weights, axis=1), _all(net, x))
+
+
+def renormalised(net: Net, x: str, logits: str) -> str:
+    weights, chosen = net.ops("TopK", logits, net.ints(K), outputs=2, axis=-1, name="top")
+    weights = net.op("Softmax", weights, axis=-1)
+    nothing = net.op("Mul", logits, net.const(np.float32(0)))
+    return _sum(net, net.op("ScatterElements", nothing, chosen, weights, axis=1), _all(net, x))
+
+
+def _masked(net: Net, x: str, weights: str, mask: str) -> str:
+    gates = net.op("Mul", mask, net.op("Unsqueeze", weights, net.ints(-1)))
+    return _sum(net, net.op("ReduceSum", gates, net.ints(1), keepdims=0), _all(net, x))
+
+
+def one_hot(net: Net, x: str, logits: str) -> str:
+    weights, chosen = _top(net, logits)
+    bits = net.const(np.array([0, 1], np.float32))
+    mask = net.op("OneHot", chosen, net.const(np.array(E)), bits, axis=-1)
+    return _masked(net, x, weights, mask)
+
+
+def compared(net: Net, x: str, logits: str) -> str:
+    weights, chosen = _top(net, logits)
+    mask = net.op("Equal", net.op("Unsqueeze", chosen, net.ints(-1)), net.const(np.arange(E)))
+    return _masked(net, x, weights, net.op("Cast", mask, to=TensorProto.FLOAT))
+
+
+def gathered(net: Net, x: str, logits: str) -> str:
+    weights, chosen = _top(net, logits)
+    first = net.op("Gather", net.floats(E, D, H, name="W1"), chosen)  # (T, K, D, H)
+    second = net.op("Gather", net.floats(E, H, D, name="W2"), chosen)
+    shift = net.op("Unsqueeze", net.op("Gather", net.floats(E, H), chosen), net.ints(2))
+    inner = net.op("MatMul", net.op("Unsqueeze", x, net.ints(1, 2)), first)
+    y = net.op("MatMul", net.op("Tanh", net.op("Add", inner, shift)), second)  # (T, K, 1, D)
+    y = net.op("Mul", net.op("Squeeze", y, net.ints(2)), net.op("Unsqueeze", weights, net.ints(2)))
+    return net.op("ReduceSum", y, net.ints(1), keepdims=0)
+
+
+def switch(net: Net, x: str, logits: str) -> str:
+    weights = net.op("Softmax", logits, axis=-1)
+    chosen = net.op("ArgMax", weights, axis=-1, keepdims=0)
+    bits = net.const(np.array([0, 1], np.float32))
+    mask = net.op("OneHot", chosen, net.const(np.array([E])), bits, axis=-1)
+    return _sum(net, net.op("Mul", mask, weights), _all(net, x))
+
+
+def fused(net: Net, x: str, logits: str, activation: str = "silu", k: int = K) -> str:
+    gates = 2 if activation == "swiglu" else 1
+    weights = [net.floats(E, gates * H, D, name="W1"), net.floats(E, gates * H)]
+    weights += [net.floats(E, D, H, name="W2"), net.floats(E, D)]
+    more = {"swiglu_fusion": 1} if gates == 2 else {}
+    return net.op(
+        "MoE",
+        x,
+        logits,
+        *weights,
+        domain="com.microsoft",
+        name="top",
+        activation_type=activation,
+        k=k,
+        normalize_routing_weights=1,
+        **more,
+    )
+
+
+def gated(net: Net, x: str, logits: str) -> str:
+    return fused(net, x, logits, "swiglu")
+
+
+def quantised(net: Net, x: str, logits: str) -> str:
+    def packed(*shape: int) -> str:
+        return net.const(net.draw.integers(0, 256, shape).astype(np.uint8), net.name("q"))
+
+    operands = [packed(E, H, D // 2), net.floats(E, H, low=0.01), net.floats(E, H)]
+    operands += [packed(E, D, H // 2), net.floats(E, D, low=0.01), net.floats(E, D)]
+    return net.op("QMoE", x, logits, *operands, domain="com.microsoft", name="top", k=K)
+
+
+MIXTURES = [soft, scattered, renormalised, one_hot, compared, gathered, switch]
+MIXTURES += [fused, gated, quantised]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids=lambda mixture: mixture.__name__)
+def test_experts_go_whole_and_by_the_law(mixture: Mixture) -> None:
+    source = model(mixture)
+    result = lawful(source, granularity=["expert"], target={"channels": 0.5}, criterion="random")
+    (group,) = (group for group in result.report.groups if group.kind == "expert")
+    assert (group.units, group.kept) == (E, E // 2)
+    assert group.normalised_by, "the router is a named exception"
+    assert all(entry.axes.keys() <= {0, 1} for entry in result.plan.kept)
+    router = next(entry for entry in result.plan.kept if entry.tensor == "router")
+    assert len(router.axes[1]) == E // 2
+    for seed in range(3):  # any experts, and channels beside them
+        plan = Analysis.of(source).random_plan(seed)
+        assert check_law(source, prune(source, plan=plan)).difference < FLOAT32
+
+
+@pytest.mark.parametrize("mixture", [scattered, gathered, fused, quantised])
+def test_without_an_expert_is_as_with_its_logit_at_minus_infinity(mixture: Mixture) -> None:
+    source = model(mixture, np.zeros(E))
+    result = prune(source, granularity=["expert"], target={"channels": 0.5})
+    kept = next(entry for entry in result.plan.kept if entry.tensor == "router").axes[1]
+    masked = onnx.load_from_string(source)
+    bias = next(one for one in masked.graph.initializer if one.name == "bias")
+    lowest = np.full(E, -1e30, np.float32)
+    lowest[list(kept)] = 0
+    bias.CopyFrom(numpy_helper.from_array(lowest, "bias"))
+    feeds = {"x": np.random.default_rng(1).standard_normal((T, D)).astype(np.float32)}
+    sessions = [ort.InferenceSession(m) for m in (masked.SerializeToString(), result.model)]
+    wanted, found = (session.run(None, feeds)[0] for session in sessions)
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixture", [scattered, fused])
+def test_as_many_experts_stay_as_each_token_needs(mixture: Mixture) -> None:
+    source = model(mixture)
+    result = lawful(source, granularity=["expert"], target={"channels": 0.1})
+    assert [group.kept for group in result.report.groups if group.kind == "expert"] == [K]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES, ids=lambda mixture: mixture.__name__)
+def test_with_data_the_experts_that_are_chosen_least_go(mixture: Mixture) -> None:
+    liked = np.array([0, 9, 0, 8, 7, 0])
+    source = model(mixture, liked)
+    samples = {"x": np.random.default_rng(0).standard_normal((4 * T, D)).astype(np.float32)}
+    result = prune(source, granularity=["expert"], target={"channels": 0.5}, calibration=samples)
+    router = next(entry for entry in result.plan.kept if entry.tensor == "router")
+    kept = set(router.axes[1])
+    assert {1, 3} <= kept if mixture is not switch else 1 in kept
+    assert mixture is not soft or kept == {1, 3, 4}
+
+
+def test_experts_whose_numbers_are_an_answer_stay() -> None:
+    def told(net: Net, x: str, logits: str) -> str:
+        weights, chosen = _top(net, logits)
+        net.output(net.op("Identity", chosen), TensorProto.INT64)
+        nothing = net.op("ConstantOfShape", net.ints(T, E))
+        return _sum(net, net.op("ScatterElements", nothing, chosen, weights, axis=1), _all(net, x))
+
+    with pytest.raises(Refused) as refused:
+        prune(model(told), granularity=["expert"], target={"channels": 0.5})
+    assert refused.value.refusal.code is Code.NOTHING_TO_PRUNE
+    result = lawful(model(told))
+    assert ("INDEXED", "top") in {(frozen.code, frozen.node) for frozen in result.report.frozen}
+
+
+def test_channels_alone_leave_experts() -> None:
+    result = lawful(model(fused), granularity=["channel", "head"])
+    (group,) = (group for group in result.report.groups if group.kind == "expert")
+    assert group.kept == group.units == E
+
+
+def test_multiply_accumulates_count_the_chosen_experts() -> None:
+    def macs(k: int) -> int:
+        source = model(lambda net, x, logits: fused(net, x, logits, k=k))
+        return prune(source, target={"channels": 1.0}).report.before.macs
+
+    assert macs(3) - macs(2) == T * 2 * D * H
