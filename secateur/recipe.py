@@ -335,15 +335,6 @@ class Recipe(BaseModel):
     def _check_structure(self) -> None:
         """Which layers go, and which ranks, is measured; what cannot be heeded is refused."""
         given: dict[str, object] = {"criterion": self.criterion, "scope": self.scope}
-        if {"layer", "rank"} <= set(self.granularity) and not self.units:
-            raise refuse(
-                Code.INVALID_RECIPE,
-                "layers and ranks are weighed by what units make up beside them",
-                nodes=("granularity",),
-                expected="channel or head beside layer and rank",
-                found=", ".join(self.granularity),
-                hint="Prune twice, layers first: the result of one is a model for the other.",
-            )
         if "rank" not in self.granularity:
             given["round_to"] = self.round_to
         for field, value in given.items():

@@ -242,7 +242,7 @@ def test_shared_ignored_and_small_weights_stay() -> None:
         ({"target": {"size": 0.5}}, Code.INVALID_RECIPE),
         ({"target": {"layers": 0.5}}, Code.INVALID_RECIPE),
         ({"target": {"macs": 0.5}, "criterion": "l2"}, Code.INVALID_RECIPE),
-        ({"target": {"macs": 0.5}, "granularity": ["layer", "rank"]}, Code.INVALID_RECIPE),
+        ({"target": {"macs": 0.5}, "granularity": ["layer", "rank"]}, Code.INVALID_CALIBRATION),
         ({"target": {"macs": 0.01}}, Code.UNREACHABLE_TARGET),
         ({"target": {"macs": 0.5}, "granularity": ["rank", "channel"]}, Code.INVALID_CALIBRATION),
     ],
@@ -259,3 +259,80 @@ def test_the_closest_value_of_a_refusal_can_be_reached() -> None:
     closest = float(caught.value.refusal.found.split()[0]) + 1e-4
     report = prune(dense(), target={"macs": closest}).report
     assert report.after.macs <= closest * report.before.macs
+
+
+# -- where one kind has no candidates ----------------------------------------------------------
+
+
+def outermost(blocks: int = 0) -> bytes:
+    """A product between an input and an output: no channel of it can go; and blocks x + f(x) of the
+    same width, whose inner channels are too few to be cut."""
+    net = Net()
+    x = net.input("x", ["N", WIDTH])
+    for _ in range(blocks):
+        inner = net.op("Tanh", net.op("MatMul", x, net.const(low(net, WIDTH, WIDTH, 4))))
+        x = net.op("Add", x, net.op("Mul", inner, net.const(np.float32(0.1))))
+    net.output(net.op("MatMul", x, net.const(low(net, WIDTH, WIDTH, 4))))
+    return net.bytes()
+
+
+def spread() -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(1).standard_normal((128, WIDTH)).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "kinds", [["layer", "rank"], ["channel", "rank"], ["layer", "head", "rank"]]
+)
+def test_ranks_alone_where_there_is_nothing_else(kinds: list[str]) -> None:
+    source, target = outermost(), {"params": 0.5}
+    result = prune(source, spread(), granularity=kinds, target=target)
+    assert len(result.plan.factored) == 1
+    assert result.report.after.params <= 0.5 * result.report.before.params
+    told = {f"the model has no {kind} that may go" for kind in kinds if kind != "rank"}
+    assert told <= set(result.report.warnings)
+    assert not any("no rank" in warning for warning in result.report.warnings)
+    alone = prune(source, spread(), granularity=["rank"], target=target)
+    assert result.model == alone.model
+
+
+def test_layers_and_ranks_share_a_budget_without_units() -> None:
+    source = outermost(blocks=3)
+    result = prune(source, spread(), granularity=["layer", "rank"], target={"macs": 0.4})
+    assert result.report.after.macs <= 0.4 * result.report.before.macs
+    divisions = result.report.divisions
+    assert [one.regions for one in divisions] == sorted(one.regions for one in divisions)
+    assert {0} < {one.regions for one in divisions}
+    assert all(one.factored for one in divisions if one.regions <= 2 and one.drift is not None)
+    (chosen,) = (one for one in divisions if one.chosen)
+    assert chosen.drift == min(one.drift for one in divisions if one.drift is not None)
+    again = secateur.graphops.prune(
+        source, plan=result.plan, calibration=spread(), measure_latency=False
+    )
+    assert again.model == result.model
+
+
+def test_regions_alone_where_nothing_can_be_split() -> None:
+    net = Net()
+    x = net.input("x", ["N", 8])
+    for _ in range(3):
+        x = net.op("Add", x, net.op("MatMul", net.op("Tanh", x), net.floats(8, 8)))
+    net.output(x)
+    given = {"x": spread()["x"][:, :8]}
+    fields: dict[str, Any] = {"granularity": ["layer", "rank"], "target": {"macs": 0.7}}
+    result = prune(net.bytes(), given, **fields)
+    assert len(result.plan.removed) == 1
+    assert "the model has no rank that may go" in result.report.warnings
+    with pytest.raises(Refused) as caught:
+        prune(net.bytes(), given, **{**fields, "target": {"macs": 0.1}})
+    assert caught.value.refusal.code is Code.UNREACHABLE_TARGET
+    assert caught.value.refusal.found.startswith("0.3333")
+
+
+def test_nothing_of_any_kind_is_refused() -> None:
+    net = Net()
+    net.output(net.op("MatMul", net.input("x", ["N", 8]), net.floats(8, 4)))
+    given = {"x": spread()["x"][:, :8]}
+    with pytest.raises(Refused) as caught:
+        prune(net.bytes(), given, granularity=["layer", "rank", "channel"], target={"macs": 0.5})
+    assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
+    assert "layer or rank or channel" in caught.value.refusal.expected

@@ -23,6 +23,7 @@ from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.records import factored_record, removal_record
 from secateur.graphops.planning import cost, division, planner, ranks, removal, replay, sensitivity
 from secateur.graphops.planning.drift import Answers
+from secateur.graphops.planning.planner import unreachable
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
@@ -122,6 +123,7 @@ class _Choice:
     structure: _Structure
     decision: _Decision
     divisions: tuple[Division, ...] = ()
+    absent: tuple[str, ...] = ()  # kinds asked for of which the model has nothing that may go
 
 
 def choose(
@@ -165,7 +167,7 @@ def _choose_structure(
     structure = _Structure(analysed)
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
-        if recipe.units:
+        if recipe.units or {"layer", "rank"} <= set(recipe.granularity):
             assert samples is not None
             return _Divide(structure, samples, recipe, tell).run()
         if layers:
@@ -211,7 +213,8 @@ def _candidates(
 class _Divide:
     """Divides a budget between regions, ranks and units: what drifts least when carried out.
 
-    First the regions, units making up the rest; then, of what they leave, the ranks.
+    First the regions, units making up the rest; then, of what they leave, the ranks. Where the
+    recipe or the model has no units, ranks make up the rest.
     """
 
     def __init__(
@@ -223,6 +226,8 @@ class _Divide:
     ) -> None:
         self._original, self._samples, self._recipe = structure, samples, recipe
         self._observed = _observed(structure.rest, samples, recipe)
+        self._absent = self._without_candidates()
+        self._units = not set(recipe.units) <= set(self._absent)
         self._answers = Answers(self._observed, _DIVISION_SAMPLES)
         self._tell = tell
         self._refused: Refused | None = None
@@ -235,11 +240,21 @@ class _Divide:
         Raises:
             Refused: the targets are out of reach for every division.
         """
-        structure, kinds = self._original, self._recipe.granularity
+        structure, kinds = self._original, {*self._recipe.granularity} - {"weight"}
+        if kinds <= set(self._absent):
+            raise refuse(
+                Code.NOTHING_TO_PRUNE,
+                "the model has nothing of these kinds that may go",
+                expected=f"at least one {' or '.join(self._recipe.granularity)}",
+                found="none",
+                hint="`secateur inspect` lists what is frozen and why.",
+            )
         if "layer" in kinds:
             structure = self._regions(structure)
-        if "rank" in kinds:
+        if "rank" in kinds and self._units:
             self._ranks(structure)
+        elif "layer" not in kinds:
+            self._drift(structure)
         if self._best is None:
             assert self._refused is not None
             raise self._refused
@@ -254,21 +269,36 @@ class _Divide:
             )
             for structure, drift in self._tried
         )
-        return replace(best, divisions=divisions)
+        return replace(best, divisions=divisions, absent=self._absent)
+
+    @functools.cached_property
+    def _offer(self) -> Offer:
+        return offer_of(self._original.rest, self._recipe)
+
+    def _without_candidates(self) -> tuple[str, ...]:
+        rest, recipe = self._original.rest, self._recipe
+        kinds = {group.kind for group in rest.coupling.groups if group.units.size > 1} | {"weight"}
+        if "layer" in recipe.granularity and self._offer.regions:
+            kinds.add("layer")
+        if ranks.splittable(rest.opened.model, rest.coupling, rest.copies, recipe.ignore):
+            kinds.add("rank")
+        return tuple(kind for kind in recipe.granularity if kind not in kinds)
 
     def _regions(self, structure: _Structure) -> _Structure:
         """Tries numbers of regions; returns what is best, or nearest to the targets."""
-        offer = offer_of(structure.rest, self._recipe)
         path = removal.path(
-            self._observed, offer, self._recipe.target, lambda share: self._tell(share / 4)
+            self._observed, self._offer, self._recipe.target, lambda share: self._tell(share / 4)
         )
 
-        def drift(place: int) -> float:
-            return self._drift(structure.without(offer, path[place], self._samples, self._recipe))
+        def without(place: int) -> _Structure:
+            return structure.without(self._offer, path[place], self._samples, self._recipe)
 
-        found = division.search(len(path) - 1, drift, lambda share: self._tell(0.25 + share / 4))
-        going = path[division.best(found) if self._best else -1]
-        return structure.without(offer, going, self._samples, self._recipe)
+        found = division.search(
+            len(path) - 1,
+            lambda place: self._drift(without(place)),
+            lambda share: self._tell(0.25 + share / 4),
+        )
+        return without(division.best(found) if self._best else -1)
 
     def _ranks(self, structure: _Structure) -> None:
         """Tries shares of the budget that go by rank."""
@@ -295,11 +325,36 @@ class _Divide:
 
         division.search(len(path) - 1, drift, lambda share: self._tell(0.75 + share / 4))
 
+    def _filled(self, structure: _Structure) -> _Structure:
+        """Without units, ranks make up the rest.
+
+        Raises:
+            Refused: `UNREACHABLE_TARGET` with the closest value where they cannot.
+        """
+        recipe, rest = self._recipe, structure.rest
+        if self._units or _met(rest, recipe):
+            return structure
+        if "rank" in recipe.granularity and "rank" not in self._absent:
+            offered = _candidates(rest, recipe, self._samples)
+            path = ranks.path(
+                rest.opened.model,
+                rest.coupling,
+                offered,
+                ranks.goals(rest.coupling, offered, recipe, rest.costs),
+                recipe,
+                _observed(rest, self._samples, recipe),
+            )
+            return structure.split(offered, path[-1], self._samples, recipe)
+        wanted = ranks.missing(rest.coupling, recipe, rest.costs)
+        key, value = next(iter(wanted.items()))
+        raise unreachable(key, recipe.target[key], recipe.target[key] + value / rest.costs[key])
+
     def _drift(self, structure: _Structure) -> float:
         """Of the outputs on batches that no fit has seen; infinite where targets are not met."""
-        recipe, rest = self._recipe, structure.rest
-        drift = math.inf
+        recipe, rest, drift = self._recipe, structure.rest, math.inf
         try:
+            structure = self._filled(structure)
+            rest = structure.rest
             decision = decide(rest, recipe, self._samples, None, Clock(None))
         except Refused as refused:
             if refused.refusal.code not in (Code.UNREACHABLE_TARGET, Code.NOTHING_TO_PRUNE):

@@ -153,6 +153,7 @@ def prune(
         accuracy=scored,
         warnings=(
             *warnings_of(before, after),
+            *done.absent,
             *unrepaired(done.quantised),
             *too_wide(done.sparse_weights, recipe.settled(calibration is not None)),
         ),
@@ -178,6 +179,7 @@ class _Done:
     removed: tuple[Removal, ...]
     factored: tuple[Factored, ...]
     divisions: tuple[Division, ...]
+    absent: tuple[str, ...]
     sensitivity: tuple[Sensitivity, ...]
     repair: tuple[RepairStep, ...]
     folded: tuple[Folded, ...]
@@ -293,6 +295,7 @@ def _cut(
         removed=structure.removals,
         factored=structure.losses,
         divisions=choice.divisions,
+        absent=tuple(f"the model has no {kind} that may go" for kind in choice.absent),
         sensitivity=sensitivity_records(rest.coupling, decision.curves or {}),
         repair=steps,
         folded=folded,

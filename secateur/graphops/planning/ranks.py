@@ -104,22 +104,14 @@ def candidates(
     learnt: Sequence[Feeds],
     seed: int,
 ) -> list[Candidate]:
-    """MatMul, Gemm and 1×1 Conv whose weight is theirs alone, in graph order.
+    """The products that may be split, with their decompositions.
 
     Args:
-        model: unshared.
-        coupling: of that model.
-        copies: that unsharing made: what several nodes share is not split.
-        ignore: globs over nodes and initializers that stay.
+        model, coupling, copies, ignore: as for `splittable`.
         learnt: calibration batches; none for plain SVD.
         seed: of the positions that are sampled.
     """
-    shared = {*copies, *copies.values()}
-    views = [
-        view
-        for view in linear_maps(model, coupling.shapes)
-        if _fits(view) and not _kept(view, shared, ignore)
-    ]
+    views = splittable(model, coupling, copies, ignore)
     moments = collect(Network(model, learnt), views, seed) if learnt else {}
     found = []
     for view in views:
@@ -133,6 +125,25 @@ def candidates(
         losses = np.cumsum(squares[::-1])[::-1] / max(float(squares.sum()), 1e-300)
         found.append(Candidate(view, weight, basis, losses))
     return found
+
+
+def splittable(
+    model: ir.Model, coupling: Coupling, copies: Mapping[str, str], ignore: Sequence[str]
+) -> list[LinearMap]:
+    """MatMul, Gemm and 1×1 Conv whose weight is theirs alone, in graph order.
+
+    Args:
+        model: unshared.
+        coupling: of that model.
+        copies: that unsharing made: what several nodes share is not split.
+        ignore: globs over nodes and initializers that stay.
+    """
+    shared = {*copies, *copies.values()}
+    return [
+        view
+        for view in linear_maps(model, coupling.shapes)
+        if _fits(view) and not _kept(view, shared, ignore)
+    ]
 
 
 def _fits(view: LinearMap) -> bool:
