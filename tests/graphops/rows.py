@@ -1338,6 +1338,40 @@ rows("LRN", {"": on_image("LRN", size=3)}, exact=False)
 _WINDOW = {"kernel_shape": [2, 2], "strides": [2, 2]}
 for _op in ("AveragePool", "MaxPool", "LpPool"):
     rows(_op, {"": on_image(_op, **_WINDOW), "1-D": on_image(_op, rank=3, kernel_shape=[2])})
+
+
+def _over_channels(
+    op: str, after: int, padding: tuple[int, int] = (0, 0), channels: int = C, **attributes: Any
+) -> Build:
+    """Windows that slide over channels, which lie along the first axis in space."""
+
+    def build(net: Net) -> str:
+        x = net.op("Unsqueeze", image(net, channels), net.ints(1))  # (2, 1, channels, 6, 6)
+        if any(padding):
+            front, back = padding
+            x = net.op("Pad", x, net.ints(0, 0, front, 0, 0, 0, 0, back, 0, 0))
+        y = net.op(op, x, name=SUBJECT, **attributes)
+        return image_end(net, net.op("Squeeze", y, net.ints(1)), after)
+
+    return build
+
+
+for _op in ("AveragePool", "MaxPool", "LpPool"):
+    _three = {"kernel_shape": [3, 1, 1]}
+    _each = {
+        "neighbours": _over_channels(_op, C, **_three, auto_pad="SAME_UPPER"),
+        "neighbours, padded before": _over_channels(_op, C, (1, 1), **_three),
+        "neighbours on one side": _over_channels(_op, C, (2, 0), **_three),
+    }
+    rows(_op, _each, exact=False)
+    _ends = {"kernel_shape": [2, 1, 1], "strides": [2, 1, 1]}
+    rows(_op, {"windows of channels": _over_channels(_op, C // 2, **_ends)})
+    _moved = {"kernel_shape": [3, 1, 1], "strides": [3, 1, 1], "pads": [1, 0, 0, 0, 0, 0]}
+    _fewer = {
+        "fewer windows than channels": _over_channels(_op, C - 2, **_three),
+        "windows that begin before the channels": _over_channels(_op, 3, (0, 0), 9, **_moved),
+    }
+    rows(_op, _fewer, freezes="SPATIAL")
 for _op in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"):
     rows(_op, {"": on_image(_op)})
 

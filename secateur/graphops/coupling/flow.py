@@ -194,6 +194,12 @@ class Flow:
         """Whether a block holds nothing but positions that a node can leave out."""
         return int(block.labels.flat[0]) in self._loose
 
+    def padding(self, labels: Labels) -> tuple[int, int]:
+        """How many positions at the front and at the back a node made and can leave out."""
+        own = np.isin(labels, np.fromiter(self._loose, np.int32, len(self._loose)))
+        ends = np.flatnonzero(~own)
+        return (int(ends[0]), labels.size - 1 - int(ends[-1])) if ends.size else (labels.size, 0)
+
     def set(self, value: ir.Value, blocks: Blocks) -> None:
         """Sets the blocks of an output.
 

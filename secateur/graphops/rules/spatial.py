@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE, single
+from secateur.graphops.coupling.labels import BARE, Labels, single
 from secateur.graphops.rules.attributes import integer, integers, integers_at, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -15,20 +15,63 @@ POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool
 
 
 def couple_pool(flow: Flow, node: ir.Node) -> None:
-    """Axis 1 passes; axes in space, and the batch, must stay whole."""
+    """Axis 1 passes; axes in space, and the batch, must stay whole, unless they hold channels."""
     value, size = node.inputs[0], rank(flow, node.inputs[0])
     if value is None or not flow.blocks(value):
         return None
     if size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+    windows: dict[int, Labels] = {}
     for axis in (0, *range(2, size)):
-        flow.freeze_axis(value, axis, node, "SPATIAL", "is pooled")
-    flow.set(node.outputs[0], flow.blocks(value))
+        centres = _centres(flow, node, axis) if axis else None
+        if centres is None:
+            flow.freeze_axis(value, axis, node, "SPATIAL", "is pooled")
+        else:
+            windows[axis] = centres
+    result = tuple(block for block in flow.blocks(value) if not windows.keys() & set(block.axes))
+    for axis, centres in windows.items():
+        result += single(axis, centres)
+    flow.set(node.outputs[0], result)
     if node.op_type == "MaxPool" and len(node.outputs) > 1:
         # The second output names positions in the flattened tensor, channels included.
         flow.freeze_value(value, node, "INDEXED", "its positions are the answer")
         flow.set(node.outputs[0], BARE)
     return None
+
+
+def _centres(flow: Flow, node: ir.Node, axis: int) -> Labels | None:
+    """Labels of the windows that slide over an axis in space which holds channels; None where
+    they may not be cut.
+
+    Windows end to end go whole, as a maxout's. Overlapping ones, one for each channel, are the
+    neighbours of a local normalisation: after a cut those that stay are neighbours, a named
+    exception of the law as in LRN. The padding that makes it one for each stays.
+    """
+    value = node.inputs[0]
+    before, after = flow.shape(value), flow.shape(node.outputs[0])
+    kernel, strides = integers(node, "kernel_shape"), integers(node, "strides")
+    along = next((b.labels for b in flow.blocks(value) if b.axes == (axis,)), None)
+    if along is None or kernel is None or after is None or before is None:
+        return None
+    place, ones = axis - 2, [1] * len(kernel)
+    width, stride, count = kernel[place], (strides or ones)[place], after[axis]
+    plain = not any(integers(node, "pads") or ()) and (integers(node, "dilations") or ones) == ones
+    if count is not None and plain and stride == width and stride * count == along.size:
+        rows = along.reshape(count, width)
+        if width > 1:
+            flow.join(node, np.repeat(rows[:, :1], width - 1, axis=1), rows[:, 1:])
+        return rows[:, 0].copy()
+    if stride != 1 or count is None:
+        return None
+    front = back = 0
+    if count < along.size:
+        front, back = flow.padding(along)
+    if along.size - front - back != count:
+        return None
+    for end in (along[:front], along[along.size - back :]):
+        flow.freeze(end, node, "SPATIAL", "fills the first and the last window")
+    flow.contract(node, 0, axis, exact=False)
+    return along[front : front + count]
 
 
 def couple_resize(flow: Flow, node: ir.Node) -> None:

@@ -126,7 +126,11 @@ def _reference(
             if node.op_type in _ROUTED:
                 builder.lower(node, contraction.index, mask)
                 continue
-            builder.without(node, contraction.index, contraction.axis, rank, mask)
+            # windows over a padded axis give fewer positions than they read
+            left = _along(node.outputs[0], contraction.axis, coupling, keep)
+            if contraction.index or left is None:
+                left = mask
+            builder.without(node, contraction.index, contraction.axis, rank, mask, left)
     return clone, tuple(sorted(set(exceptions)))
 
 
@@ -153,8 +157,14 @@ def _types(model: ir.Model) -> dict[str, ir.DataType]:
 def _mask(
     contraction: Contraction, coupling: Coupling, keep: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_] | None:
-    value = contraction.node.inputs[contraction.index]
-    units = coupling.axes(str(value.name) if value is not None else "").get(contraction.axis)
+    return _along(contraction.node.inputs[contraction.index], contraction.axis, coupling, keep)
+
+
+def _along(
+    value: ir.Value | None, axis: int, coupling: Coupling, keep: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_] | None:
+    """Which positions of an axis stay; None where all do."""
+    units = coupling.axes(str(value.name) if value is not None else "").get(axis)
     if units is None or keep[units].all():
         return None
     return keep[units]
@@ -238,7 +248,13 @@ class _Builder:
         node.replace_input_with(index, where.outputs[0])
 
     def without(
-        self, node: ir.Node, first: int, axis: int, rank: int, mask: npt.NDArray[np.bool_]
+        self,
+        node: ir.Node,
+        first: int,
+        axis: int,
+        rank: int,
+        mask: npt.NDArray[np.bool_],
+        left: npt.NDArray[np.bool_],
     ) -> None:
         """Gather what stays before the node and its parameters, spread the result after it.
 
@@ -248,6 +264,7 @@ class _Builder:
             axis: of that input.
             rank: of that input.
             mask: what stays along the axis.
+            left: what stays along the same axis of the result.
         """
         value = node.inputs[first]
         assert value is not None
@@ -276,11 +293,11 @@ class _Builder:
                 (node.graph or self._graph).insert_before(node, other)
                 node.replace_input_with(index, other.outputs[0])
         # Positions that went get any value: every consumer has a zero for them.
-        spread = np.maximum(np.cumsum(mask) - 1, 0).astype(np.int64)
+        spread = np.maximum(np.cumsum(left) - 1, 0).astype(np.int64)
         spread_axis = axis if first == 0 else -1  # an embedding's tables lack the batch
         for place, output in enumerate(node.outputs):
             sizes = (self._shape(output) or ())[spread_axis : spread_axis + 1 or None]
-            if place and sizes != (mask.size,):
+            if place and sizes != (left.size,):
                 continue  # a mean or a scale of its own
             after = self._node("Gather", [output, self._constant(spread)], axis=spread_axis)
             self._copied[str(after.outputs[0].name)] = str(output.name)
