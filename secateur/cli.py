@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 import secateur
-from secateur import _show
+from secateur import _malloc, _show
 from secateur._flags import NONE, Connection, connecting
 from secateur.errors import Cancelled, SecateurError, ServerError
 from secateur.plan import Plan
@@ -43,6 +43,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The program `secateur`."""
+    _malloc.keep_freed(32 << 20, 256 << 20)  # tensors
     app(prog_name="secateur")
 
 

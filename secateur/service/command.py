@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import inspect
 import json
 import pathlib
@@ -12,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur import _malloc
 from secateur.service.config import ServerConfig
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def serve(
@@ -45,20 +42,8 @@ def serve(
         typer.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
         return
     logs.set_up(settings.log_level, settings.log_format)
-    _keep_freed_memory()
+    _malloc.keep_freed(4 << 20, 32 << 20)  # chunks of transfers
     asyncio.run(run(settings, lambda address: typer.echo(f"listening on {address}")))
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep what transfers free, for the next chunk.
-
-    glibc gives it back to the kernel again and again, and clearing the pages that it then gets
-    anew takes a third of a transfer's time. What this process keeps stays below 32 MiB an arena.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # no glibc
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
-        library.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
 
 
 def token() -> None:
