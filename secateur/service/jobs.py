@@ -72,6 +72,7 @@ class Jobs:
         async with self._folder() as folder:
             job = self._job("prune", folder, recipe=_recipe(request))
             job["model"] = await self._place_model(client, request.model, folder / "model")
+            job["sha256"] = request.model.blob.sha256 or None  # checked when it came
             job["external_data"] = bool(request.model.external_data)
             for kind in _SAMPLES:
                 job[kind] = await self._place_samples(client, request, kind, folder)

@@ -97,6 +97,7 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
         progress=tell,
         external_data=job["external_data"],
         max_nodes=job["max_nodes"],
+        sha256=job["sha256"],
     )
     if result.weights is not None:
         shutil.move(result.weights.path, folder / WEIGHTS_NAME)

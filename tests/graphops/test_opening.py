@@ -56,6 +56,10 @@ def test_path_bytes_proto_and_ir_model_give_the_same_result(tmp_path: pathlib.Pa
     assert from_ir.model == results[0].model
 
 
+def test_a_known_digest_is_taken() -> None:
+    assert secateur.prune(model(), sha256="ab" * 32).plan.source == "ab" * 32
+
+
 def large() -> bytes:
     """A model of 37 MB: large enough to have its weights put aside."""
     net = Net()

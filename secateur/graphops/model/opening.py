@@ -49,7 +49,11 @@ class OpenedModel:
 
 @uncollected()
 def open_model(
-    source: ModelSource, *, external_data: bool = True, max_nodes: int | None = None
+    source: ModelSource,
+    *,
+    external_data: bool = True,
+    max_nodes: int | None = None,
+    sha256: str | None = None,
 ) -> OpenedModel:
     """Opens a path, bytes, `onnx.ModelProto`, `onnx_ir.Model` or `gs.Graph`.
 
@@ -57,6 +61,7 @@ def open_model(
         source: the model. It is never modified.
         external_data: whether weights may lie in files beside the model; a server says no.
         max_nodes: how many nodes it may have, functions inlined; None: any number.
+        sha256: hex digest of the serialised model, for whoever knows it; None: it is computed.
 
     Raises:
         Refused: `INVALID_MODEL`, `UNSUPPORTED_VERSION`, `UNSAFE_EXTERNAL_DATA`,
@@ -77,7 +82,7 @@ def open_model(
     else:
         serialised = _as_proto(source).SerializeToString(deterministic=True)
     proto = _parse(serialised)
-    digest, size = hashlib.sha256(serialised).hexdigest(), len(serialised)
+    digest, size = sha256 or hashlib.sha256(serialised).hexdigest(), len(serialised)
     del serialised
     _check_versions(proto)
     _check_nodes(proto, max_nodes)

@@ -89,6 +89,7 @@ def prune(
     external_data: bool = True,
     measure_latency: bool = True,
     max_nodes: int | None = None,
+    sha256: str | None = None,
 ) -> Result:
     """Prunes a model and proves that the result runs.
 
@@ -106,6 +107,7 @@ def prune(
         external_data: whether weights may lie in files beside the model.
         measure_latency: whether to time original and result in ONNX Runtime.
         max_nodes: how many nodes the model may have, functions inlined; None: any number.
+        sha256: hex digest of the serialised model, for whoever knows it; None: it is computed.
 
     Returns:
         the pruned model, the plan and the report.
@@ -116,7 +118,9 @@ def prune(
     """
     clock = Clock(progress)
     recipe = plan.recipe if plan is not None else recipe or Recipe()
-    opener = functools.partial(open_model, external_data=external_data, max_nodes=max_nodes)
+    opener = functools.partial(
+        open_model, external_data=external_data, max_nodes=max_nodes, sha256=sha256
+    )
     done = _cut(model, recipe, _Data(calibration, labels), plan, opener, clock)
     before, after = done.before, done.after
     _collect(before.bytes)
