@@ -2061,6 +2061,22 @@ def _(net: Net) -> str:
     return sequence_end(net, net.op("Gather", net.floats(C, 6), chosen, axis=0, name=SUBJECT), 6)
 
 
+@row("GatherND", "rows by chosen channels", alone=False)
+def _(net: Net) -> str:
+    chosen = net.op("ArgMax", sequence(net), axis=-1, keepdims=1)  # (2, 5, 1)
+    return sequence_end(net, net.op("GatherND", net.floats(C, 6), chosen, name=SUBJECT), 6)
+
+
+@row("GatherND", "of each sample, by chosen channels", alone=False)
+def _(net: Net) -> str:
+    x = net.op("Transpose", sequence(net), perm=[0, 2, 1])  # (2, 8, 5)
+    rows_ = net.op("Transpose", net.dense(sequence(net), C, C), perm=[0, 2, 1])
+    rows_ = net.op("MatMul", rows_, net.floats(T, 4))  # (2, 8, 4)
+    chosen = net.op("Unsqueeze", net.op("ArgMax", x, axis=1, keepdims=0), net.ints(2))
+    y = net.op("GatherND", rows_, chosen, batch_dims=1, name=SUBJECT)  # (2, 5, 4)
+    return sequence_end(net, y, 4)
+
+
 @row("GatherElements", "channels", freezes="BARE_AXIS")
 def _(net: Net) -> str:
     places = net.const(net.draw.integers(0, C, (2, 4, H, H)))

@@ -288,20 +288,25 @@ def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
 
 
 def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
-    """Axes that the indices do not reach follow the indices' own."""
+    """Axes that the indices do not reach follow the indices' own. A single one, of chosen positions,
+    reaches an axis that runs with what they were chosen from."""
     data, size = node.inputs[0], rank(flow, node.inputs[0])
     indices = flow.shape(node.inputs[1])
-    if data is None or not flow.blocks(data):
+    chosen = flow.pointed(node.inputs[1])
+    if data is None or (not flow.blocks(data) and chosen is None):
         return None
     if size is None or not indices or indices[-1] is None:
         return flow.freeze_value(data, node, "UNKNOWN_SHAPE", "the shape is not known")
     indexed = integer(node, "batch_dims", 0) + indices[-1]
-    for axis in range(indexed):
+    alone = chosen is not None and indices[-1] == 1
+    if alone:
+        flow.choose_from(node, 1, indexed - 1)
+    for axis in range(indexed - 1 if alone else indexed):
         flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
     shift = len(indices) - 1 - indexed
+    rest = (block for block in flow.blocks(data) if min(block.axes) >= indexed)
     flow.set(
-        node.outputs[0],
-        tuple(Block(tuple(a + shift for a in b.axes), b.labels) for b in flow.blocks(data)),
+        node.outputs[0], tuple(Block(tuple(a + shift for a in b.axes), b.labels) for b in rest)
     )
     return None
 
