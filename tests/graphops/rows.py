@@ -916,9 +916,32 @@ rows(
 rows("Slice", {"attributes": on_image("Slice", starts=[2], ends=[8], axes=[1], after=6)}, opset=9)
 rows(
     "Slice",
-    {"strided channels": on_image("Slice", ints(0), ints(8), ints(1), ints(2), after=4)},
+    {
+        "strided channels": on_image("Slice", ints(0), ints(8), ints(1), ints(2), after=4),
+        "odd channels": on_image("Slice", ints(1), ints(2**62), ints(1), ints(2), after=4),
+        "every third": on_image("Slice", ints(-7), ints(9), ints(1), ints(3), channels=9, after=3),
+    },
+)
+rows(
+    "Slice",
+    {
+        "strided channels from the middle": on_image(
+            "Slice", ints(2), ints(8), ints(1), ints(2), after=3
+        ),
+        "strided channels, some left over": on_image(
+            "Slice", ints(0), ints(7), ints(1), ints(3), after=3
+        ),
+    },
     freezes="UNSUPPORTED_FORM",
 )
+
+
+@row("Slice", "values and their gates in turn")
+def _(net: Net) -> str:
+    x, end, last, two = sequence(net), net.ints(2**62), net.ints(-1), net.ints(2)
+    value = net.op("Slice", x, net.ints(0), end, last, two, name=SUBJECT)
+    gate = net.op("Slice", x, net.ints(1), end, last, two)
+    return sequence_end(net, net.op("Mul", value, net.op("Sigmoid", gate)), C // 2)
 
 
 @row("Slice", "halves that meet again")

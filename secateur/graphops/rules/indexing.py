@@ -48,7 +48,9 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
             flow.freeze_axis(value, axis, node, "INDEXED", "a range not known beforehand")
         return flow.set(node.outputs[0], flow.blocks(value))
     for axis, part in enumerate(index):
-        if part.step not in (None, 1):
+        if _takes_one_of_each(part, shape[axis]):
+            _join_turns(flow, node, axis, part.step)
+        elif part.step not in (None, 1):
             # Survivors need not be evenly spaced, and what lies between them keeps the stride.
             flow.freeze_axis(value, axis, node, "UNSUPPORTED_FORM", "a strided range of channels")
     result = []
@@ -59,6 +61,26 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
             flow.keep(labels)
         result.append(Block(block.axes, labels))
     return flow.set(node.outputs[0], tuple(result))
+
+
+def _takes_one_of_each(part: slice, size: int | None) -> bool:
+    """Whether a stride takes one position out of each of the equal parts of a whole axis."""
+    step = part.step or 1
+    if size is None or step < 2 or size % step:
+        return False
+    taken = range(*part.indices(size))
+    return len(taken) == size // step and taken.start < step
+
+
+def _join_turns(flow: Flow, node: ir.Node, axis: int, step: int) -> None:
+    """`step` positions in a row (a value and its gate) go together: the stride stays right."""
+    for block in flow.blocks(node.inputs[0]):
+        if axis in block.axes:
+            place = block.axes.index(axis)
+            turns = np.moveaxis(block.labels, place, 0).reshape(
+                block.labels.shape[place] // step, step, -1
+            )
+            flow.join(node, np.repeat(turns[:, :1], step - 1, axis=1), turns[:, 1:])
 
 
 def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
@@ -81,8 +103,11 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
         kept = surgeon.kept(value, axis)
         if kept is None:
             continue
-        start, stop, _ = index[axis].indices(shape[axis] or 0)
-        starts[place], ends[place] = int(kept[:start].sum()), int(kept[:stop].sum())
+        start, stop, step = index[axis].indices(shape[axis] or 0)
+        if step > 1:  # of every `step` positions in a row all stay, or none
+            starts[place], ends[place] = start, int(kept.sum())
+        else:
+            starts[place], ends[place] = int(kept[:start].sum()), int(kept[:stop].sum())
         moved = True
     if moved:
         surgeon.set_integers_at(node, 1, "starts", starts)
@@ -288,8 +313,8 @@ def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
 
 
 def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
-    """Axes that the indices do not reach follow the indices' own. A single one, of chosen positions,
-    reaches an axis that runs with what they were chosen from."""
+    """Axes that the indices do not reach follow the indices' own. A single index, of chosen
+    positions, reaches an axis that runs with what they were chosen from."""
     data, size = node.inputs[0], rank(flow, node.inputs[0])
     indices = flow.shape(node.inputs[1])
     chosen = flow.pointed(node.inputs[1])
