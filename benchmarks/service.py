@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import grpc.aio
@@ -279,14 +279,19 @@ def transfer(args: argparse.Namespace) -> None:
 
     A server without a folder forgets all when it ends, and writes as the disk finds time. One with
     a folder says that an upload is stored when it is: it can be no faster than the disk.
+
+    Files take the place of those before them, as where a disk is full: to be given memory for the
+    first time costs a virtual machine ten times what it costs to write to it.
     """
     size = args.mebibytes * MIB
     command = [sys.executable, __file__, "pump"]
+    room = ("--max-stored-bytes", str(size * 3 // 2))
     with (
-        serving(durable=False) as server,
-        serving() as durable,
+        serving(*room, durable=False) as server,
+        serving(*room) as durable,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as pump,
         tempfile.NamedTemporaryFile() as file,
+        tempfile.TemporaryFile() as target,
     ):
         try:
             assert pump.stdout is not None
@@ -298,7 +303,7 @@ def transfer(args: argparse.Namespace) -> None:
                 file.seek(0)
                 file.write(os.urandom(64))  # another blob
                 file.flush()
-                moved = [_moved(one.address, file.name) for one in (server, durable)]
+                moved = [_moved(one.address, file.name, target) for one in (server, durable)]
                 rounds.append((*_pumped(address, size), *moved[0], *moved[1], _synced(size)))
             grown = server.taken()["memory"] - before
         finally:
@@ -340,12 +345,13 @@ def _pumped(address: str, size: int) -> tuple[float, float]:
         return middle - start, time.monotonic() - middle
 
 
-def _moved(address: str, path: str) -> tuple[float, float]:
+def _moved(address: str, path: str, target: IO[bytes]) -> tuple[float, float]:
     """Seconds of an upload, checked and synced, and of a download, as a client's calls do them."""
     source = Source(pathlib.Path(path))
     digest = source.sha256()  # names what is sent, and so comes before it
     blob = pruning_pb2.Blob(sha256=digest, size_bytes=source.size)
-    with secateur.Client(address) as client, tempfile.TemporaryFile() as target:
+    target.seek(0)
+    with secateur.Client(address) as client:
         ours, budget = client._calls, client._calls._budget(None)
         start = time.monotonic()
         run(ours._upload(source, digest, budget))
