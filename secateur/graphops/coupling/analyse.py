@@ -121,7 +121,16 @@ def _visit(flow: Flow, node: ir.Node) -> None:
 
 
 def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
-    """Whether all results are integers (or scalars) known before the model runs."""
+    """Whether all results are integers (or scalars) known before the model runs.
+
+    A number that is repeated along two axes or more (indices of a scatter) can be repeated less
+    often: the node's rule says so.
+    """
+    if node.op_type in ("Expand", "ConstantOfShape") and node.domain == "":
+        source, made = flow.value(node.inputs[0]), flow.shape(node.outputs[0])
+        alike = node.op_type == "ConstantOfShape" or (source is not None and source.size == 1)
+        if alike and made is not None and len(made) > 1:
+            return False
     for value in node.outputs:
         known = flow.value(value)
         if known is None or (known.dtype.kind == "f" and known.size > 1):
