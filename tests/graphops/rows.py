@@ -2020,6 +2020,36 @@ for _op in ("MoE", "QMoE"):
     rows(_op, {"": _mixture(_op)}, domain=MS, exact=False)
 
 
+def diagonal(net: Net, x: str, groups: int, inner: int, outer: int, name: str | None = None) -> str:
+    """(2, 5, groups · inner) → (2, 5, groups · outer), the matrix stored as its blocks."""
+    x = net.op("Reshape", x, net.ints(-1, groups, inner))
+    x = net.op("Transpose", x, perm=[1, 0, 2])
+    y = net.op("MatMul", x, net.floats(groups, inner, outer, name=net.name("blocks")), name=name)
+    y = net.op("Add", y, net.floats(groups, 1, outer))
+    return net.op("Reshape", net.op("Transpose", y, perm=[1, 0, 2]), net.ints(2, T, groups * outer))
+
+
+@row("MatMul", "block-diagonal")
+def _(net: Net) -> str:
+    return sequence_end(net, diagonal(net, sequence(net), 2, 4, 3, name=SUBJECT), 6)
+
+
+@row("MatMul", "block-diagonal, of many groups")
+def _(net: Net) -> str:
+    y = diagonal(net, sequence(net), 4, 2, 2, name=SUBJECT)
+    return sequence_end(net, net.op("Mul", y, net.op("Sigmoid", sequence(net))))
+
+
+@row("ScatterElements", "the same place of every channel")
+def _(net: Net) -> str:
+    x = sequence(net)
+    update = net.op("Slice", x, net.ints(0), net.ints(1), net.ints(1))  # (2, 1, 8)
+    places = net.op("Expand", net.const(np.array(3)), net.op("Shape", update))
+    nothing = net.op("Expand", net.const(np.float32(0)), net.op("Shape", x))
+    y = net.op("ScatterElements", nothing, places, update, axis=1, name=SUBJECT)
+    return sequence_end(net, y)
+
+
 # What is chosen from channels, and the channels it was chosen from, are cut alike. Such a node
 # reads numbers of positions, which a cut renumbers: it is held to the law of the whole model.
 

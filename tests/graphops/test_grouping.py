@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from laws import lawful, prune
 from nets import Net, attention
+from rows import diagonal
 
 import secateur
 from secateur.errors import Code, Refused
@@ -180,3 +182,36 @@ def test_blocks_that_do_not_fill_their_axis_stay() -> None:
     found = secateur.inspect(net.bytes())
     assert [group.units for group in found.groups] == [12]
     assert any(frozen.code == "BLOCK" for frozen in found.frozen)
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape"),
+    [("whole", (2, 6, 8)), ("balanced", (4, 3, 4)), ("auto", (4, 3, 4))],
+)
+def test_a_block_diagonal_product_is_cut_like_a_grouped_convolution(
+    cut: str, shape: tuple[int, int, int]
+) -> None:
+    net = Net()
+    x = net.dense(net.input("x", [2, 5, 4]), 4, 24)
+    net.output(net.dense(net.op("Tanh", diagonal(net, x, 4, 6, 8)), 32, 3))
+    result = lawful(net.bytes(), target={"channels": 0.5}, grouped=cut)
+    (blocks,) = (
+        tensor
+        for tensor in onnx.load_from_string(result.model).graph.initializer
+        if tensor.name.startswith("blocks")
+    )
+    assert tuple(blocks.dims) == shape
+
+
+def test_the_inner_width_of_block_diagonal_products_goes_where_the_outer_stays() -> None:
+    net = Net()
+    x = net.input("x", [2, 5, 8])
+    y = net.op("Tanh", diagonal(net, x, 2, 4, 8))
+    net.output(diagonal(net, y, 2, 8, 4))
+    result = lawful(net.bytes(), target={"channels": 0.5})
+    first, second = (
+        tuple(tensor.dims)
+        for tensor in onnx.load_from_string(result.model).graph.initializer
+        if tensor.name.startswith("blocks")
+    )
+    assert (first, second) == ((2, 4, 4), (2, 4, 4))

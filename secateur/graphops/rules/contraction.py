@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.flow import Choice, Flow, Letter
 from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.rules.attributes import integer, operand, rank, text
@@ -43,11 +43,64 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
     left = [*range(batch - (a - 2), batch), "m", "k"] if a > 1 else ["k"]
     right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
     result = [*range(max(batch, 0)), *(["m"] if a > 1 else []), *(["n"] if b > 1 else [])]
+    if _couple_diagonal(flow, node, left, right, result):
+        return None
     flow.set(node.outputs[0], flow.meet(node, [(0, left), (1, right)], result, heads=True))
     for value, axes in zip(node.inputs, (a - 2, b - 2), strict=True):
         if value is not None and value.name in flow.constants:
             flow.stacks += [b.labels for b in flow.blocks(value) if max(b.axes) < axes]
     return None
+
+
+def _couple_diagonal(
+    flow: Flow,
+    node: ir.Node,
+    left: Sequence[Letter],
+    right: Sequence[Letter],
+    result: Sequence[Letter],
+) -> bool:
+    """A block-diagonal matrix, stored as its blocks: x (…, g, c), W (g, c, o) → (…, g, o).
+
+    Channels that were split into (groups, channels of a group) meet a stack of constant matrices,
+    one for each group. As of a grouped convolution, whole groups may go, or the same channels of
+    each. False, and nothing stated, where a product is not like that.
+    """
+    x, w = node.inputs[0], node.inputs[1]
+    if x is None or w is None or w.name not in flow.constants:
+        return False
+    joint = [block for block in flow.blocks(x) if len(block.axes) == 2]
+    lines = {right[b.axes[0]]: b.labels for b in flow.blocks(w) if len(b.axes) == 1}
+    if len(joint) != 1 or len(lines) != 3:
+        return False
+    block = joint[0]
+    shared = [letter for letter in lines if letter in left]
+    (column,) = [letter for letter in shared if letter not in result] or [None]
+    (group,) = [letter for letter in shared if letter in result][:1] or [None]
+    outer = next((letter for letter in lines if letter not in left), None)
+    names = [left[axis] for axis in block.axes]
+    if outer not in result or group is None or set(names) != {group, column}:
+        return False
+    if any({left[axis] for axis in b.axes} & set(right) for b in flow.blocks(x) if b is not block):
+        return False
+    entering = block.labels if names[0] == group else block.labels.T
+    if entering.shape != (lines[group].size, lines[column].size):
+        return False
+    leaving = flow.fresh(lines[group].size * lines[outer].size).reshape(entering.shape[0], -1)
+    flow.choose(
+        Choice(
+            node,
+            matrices=(entering, leaving),
+            rows=(lines[group],),
+            columns=((0, lines[column]), (1, lines[outer])),
+            contraction=(0, left.index(column), True),
+        )
+    )
+    places = result.index(group), result.index(outer)
+    own = Block(places, leaving) if places[0] < places[1] else Block(places[::-1], leaving.T)
+    others = (b for b in flow.blocks(x) if b is not block)
+    moved = (Block(tuple(result.index(left[a]) for a in b.axes), b.labels) for b in others)
+    flow.set(node.outputs[0], (own, *moved))
+    return True
 
 
 def couple_gemm(flow: Flow, node: ir.Node) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE, single
+from secateur.graphops.coupling.labels import BARE, Block, single
 from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.rules.attributes import KnowsValues, integer, operand, rank
 from secateur.graphops.rules.registry import register
@@ -104,7 +104,33 @@ def couple_broadcast(flow: Flow, node: ir.Node) -> None:
         return
     letters = list(range(len(shape)))
     operands = [(index, letters[len(shape) - (r or 0) :]) for index, r in ranks.items()]
+    _label_as_met(flow, node)
     flow.set(node.outputs[0], flow.meet(node, operands, letters))
+
+
+def _label_as_met(flow: Flow, node: ir.Node) -> None:
+    """A constant that nothing has labelled yet, and that spans a joint block it meets (a bias of
+    groups × channels), gets a joint block of its own: its two axes alone would decide which of
+    both is cut."""
+    joint = [
+        (value, block)
+        for value in node.inputs
+        if value is not None
+        for block in flow.blocks_of.get(str(value.name), BARE)
+        if len(block.axes) > 1
+    ]
+    for value in node.inputs:
+        if value is None or value.name not in flow.constants or value.name in flow.blocks_of:
+            continue
+        shape = flow.shape(value) or ()
+        for other, block in joint:
+            shift = len(shape) - (rank(flow, other) or 0)
+            axes = tuple(axis + shift for axis in block.axes)
+            spans = min(axes) >= 0 and tuple(shape[a] for a in axes) == block.labels.shape
+            if spans and all(n == 1 for a, n in enumerate(shape) if a not in axes):
+                own = flow.fresh(block.labels.size).reshape(block.labels.shape)
+                flow.set(value, (Block(axes, own),))
+                break
 
 
 def couple_equal(flow: Flow, node: ir.Node) -> None:
