@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from laws import FLOAT32, Analysis, lawful, prune
 from nets import Net
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from secateur.errors import Code, Refused
 from secateur.graphops.verify.law import check_law
@@ -218,3 +218,74 @@ def test_multiply_accumulates_count_the_chosen_experts() -> None:
         return prune(source, target={"channels": 1.0}).report.before.macs
 
     assert macs(3) - macs(2) == T * 2 * D * H
+
+
+# -- in branches and loops ---------------------------------------------------------------------
+
+
+def _chosen_in_a_branch(net: Net, x: str, logits: str) -> str:
+    """The numbers leave both branches of an If, chosen by another TopK in each."""
+    net.ints(K)
+    count = net.initializers[-1].name
+
+    def branch(name: str, op: str) -> onnx.GraphProto:
+        inner = helper.make_node(op, [logits], [f"{name}_x"])
+        top = helper.make_node("TopK", [f"{name}_x", count], [f"{name}_v", f"{name}_i"], name=name)
+        output = helper.make_tensor_value_info(f"{name}_i", TensorProto.INT64, [T, K])
+        return helper.make_graph([inner, top], name, [], [output])
+
+    condition = net.input("which", [1], TensorProto.BOOL)
+    branches = {"then_branch": branch("top", "Neg"), "else_branch": branch("other", "Identity")}
+    net.nodes.append(helper.make_node("If", [condition], ["numbers"], **branches))
+    y = net.op("Gather", net.floats(E, D, name="table"), "numbers")
+    return net.op("ReduceMean", y, axes=[1], keepdims=0)
+
+
+def _chosen_in_a_loop(net: Net, x: str, logits: str) -> str:
+    """The numbers are gathered over the turns of a Loop."""
+    net.ints(K)
+    count = net.initializers[-1].name
+    nodes = [
+        helper.make_node("Identity", ["go_on"], ["goes_on"]),
+        helper.make_node("TopK", ["state", count], ["values", "chosen"], name="top"),
+        helper.make_node("Tanh", ["state"], ["next"]),
+    ]
+    info = helper.make_tensor_value_info
+    inputs = [info("turn", TensorProto.INT64, []), info("go_on", TensorProto.BOOL, [])]
+    inputs.append(info("state", TensorProto.FLOAT, [T, E]))
+    outputs = [info("goes_on", TensorProto.BOOL, []), info("next", TensorProto.FLOAT, [T, E])]
+    outputs.append(info("chosen", TensorProto.INT64, [T, K]))
+    body = helper.make_graph(nodes, "body", inputs, outputs)
+    turns, true = net.const(np.array(2)), net.const(np.array(True))
+    net.nodes.append(helper.make_node("Loop", [turns, true, logits], ["last", "all"], body=body))
+    numbers = net.op("Reshape", net.op("Slice", "all", *map(net.ints, (0, 1, 0))), net.ints(T, K))
+    y = net.op("Gather", net.floats(E, D, name="table"), numbers)
+    return net.op("ReduceMean", y, axes=[1], keepdims=0)
+
+
+@pytest.mark.parametrize("mixture", [_chosen_in_a_branch, _chosen_in_a_loop])
+def test_numbers_that_leave_a_body_are_an_answer(mixture: Mixture) -> None:
+    result = lawful(model(mixture))
+    assert all(group.kind != "expert" for group in result.report.groups)
+    codes = {frozen.code for frozen in result.report.frozen if frozen.node in ("top", "other")}
+    assert codes == {"INDEXED"}
+
+
+def test_numbers_are_followed_into_a_branch() -> None:
+    def read(net: Net, x: str, logits: str) -> str:
+        _, chosen = _top(net, logits)
+        condition = net.input("which", [1], TensorProto.BOOL)
+
+        def branch(name: str) -> onnx.GraphProto:
+            table = net.floats(E, D, name=f"table_{name}")
+            node = helper.make_node("Gather", [table, chosen], [f"{name}_y"])
+            output = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, [T, K, D])
+            return helper.make_graph([node], name, [], [output])
+
+        branches = {"then_branch": branch("a"), "else_branch": branch("b")}
+        net.nodes.append(helper.make_node("If", [condition], ["rows"], **branches))
+        return net.op("ReduceMean", "rows", axes=[1], keepdims=0)
+
+    result = lawful(model(read), granularity=["expert"], target={"channels": 0.5})
+    cut = {entry.tensor for entry in result.plan.kept}
+    assert {"router", "table_a", "table_b"} <= cut
