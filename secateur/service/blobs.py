@@ -77,6 +77,7 @@ class Upload:
     Attributes:
         blob: what they claim to be.
         committed: bytes that have arrived.
+        durable: whether the disk should have them before they are a blob.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self.blob = blob
         self.committed = 0
+        self.durable = store.durable
         self.touched = now
         if aside.exists():  # of a server before this one
             with aside.open("rb") as file:
@@ -135,7 +137,7 @@ class Upload:
 
     def sync(self, file: IO[bytes]) -> None:
         """Has the disk take what arrived, so that little is left to do at the end."""
-        self._store.sync(file)
+        os.fdatasync(file.fileno())
 
     def finish(self) -> None:
         """Checks what arrived and makes it a blob. Raises CallError INVALID_ARGUMENT."""
@@ -186,7 +188,7 @@ class BlobStore:
         self._max_bytes = max_bytes
         self._quota = quota
         self._ttl_s = ttl_s
-        self._durable = durable
+        self.durable = durable
         self._uploads: dict[str, Upload] = {}
         self._left_over: dict[str, float] = {}  # uploads of a server before this one: first seen
         self._lock = threading.Lock()  # of the uploads
@@ -202,11 +204,6 @@ class BlobStore:
     def now(self) -> float:
         """The time by which uploads age."""
         return self._repository.now()
-
-    def sync(self, file: IO[bytes]) -> None:
-        """Waits until what was written to an open file is on the disk, where that is wanted."""
-        if self._durable:
-            os.fdatasync(file.fileno())
 
     # ---- reading ----
 
@@ -381,7 +378,7 @@ class BlobStore:
     def _name(self, client: str, path: pathlib.Path, blob: BlobName) -> None:
         target = self._path(blob.sha256)
         path.chmod(0o444)
-        if self._durable:
+        if self.durable:
             _sync(path)
         with self._naming:
             target.parent.mkdir(exist_ok=True)
@@ -392,7 +389,7 @@ class BlobStore:
                 pass  # the same content
             except OSError:  # a file system without hard links
                 path.replace(target)
-            if self._durable:
+            if self.durable:
                 _sync(target.parent)
                 _sync(self._blobs)
             self._repository.add_blob(client, blob.sha256, blob.size)

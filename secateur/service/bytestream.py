@@ -99,7 +99,7 @@ async def _take(
             if request.finish_write or size >= _BATCH or not writing.busy:
                 await writing.start(upload.append, writer, file, batch)
                 batch, size = [], 0
-                if not syncing.busy:
+                if upload.durable and not syncing.busy:
                     await syncing.start(upload.sync, file)
             if request.finish_write:
                 await writing.end()
