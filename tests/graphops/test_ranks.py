@@ -336,3 +336,17 @@ def test_nothing_of_any_kind_is_refused() -> None:
         prune(net.bytes(), given, granularity=["layer", "rank", "channel"], target={"macs": 0.5})
     assert caught.value.refusal.code is Code.NOTHING_TO_PRUNE
     assert "layer or rank or channel" in caught.value.refusal.expected
+
+
+def test_without_data_the_one_kind_there_is_needs_no_weighing() -> None:
+    fields: dict[str, Any] = {"granularity": ["rank", "channel"], "target": {"params": 0.5}}
+    result = prune(outermost(), **fields)
+    assert len(result.plan.factored) == 1
+    assert "the model has no channel that may go" in result.report.warnings
+    net = Net()
+    x = net.op("Relu", net.dense(net.input("x", ["N", 8]), 8, 8))  # too small to be split
+    net.output(net.dense(x, 8, 4))
+    result = prune(net.bytes(), **fields)
+    assert result.plan.kept and not result.plan.factored
+    assert "the model has no rank that may go" in result.report.warnings
+    assert result.report.after.params <= 0.5 * result.report.before.params

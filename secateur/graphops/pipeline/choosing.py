@@ -152,8 +152,9 @@ def choose(
 def _choose_structure(
     analysed: Analysed, recipe: Recipe, samples: Samples | None, clock: Clock
 ) -> _Choice:
-    layers = "layer" in recipe.granularity
-    if samples is None and (layers or recipe.units):
+    layers, absent = "layer" in recipe.granularity, _absent(analysed, recipe)
+    units = not set(recipe.units) <= set(absent)
+    if samples is None and (layers or (units and "rank" not in absent)):
         raise refuse(
             Code.INVALID_CALIBRATION,
             "granularity=layer needs calibration data: weights do not say what a layer does"
@@ -167,15 +168,14 @@ def _choose_structure(
     structure = _Structure(analysed)
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
-        if recipe.units or {"layer", "rank"} <= set(recipe.granularity):
-            assert samples is not None
+        if samples is not None and (recipe.units or {"layer", "rank"} <= set(recipe.granularity)):
             return _Divide(structure, samples, recipe, tell).run()
         if layers:
             assert samples is not None
             offer, observed = offer_of(analysed, recipe), _observed(analysed, samples, recipe)
             going = removal.choose(observed, offer, recipe.target, tell)
             structure = structure.without(offer, going, samples, recipe)
-        else:
+        elif not units:
             offered = _candidates(analysed, recipe, samples)
             seen = None if samples is None else _observed(analysed, samples, recipe)
             path = ranks.path(
@@ -188,7 +188,18 @@ def _choose_structure(
                 tell,
             )
             structure = structure.split(offered, path[-1], samples, recipe)
-    return _Choice(structure, decide(structure.rest, recipe, samples, None, clock))
+    return _Choice(structure, decide(structure.rest, recipe, samples, None, clock), absent=absent)
+
+
+def _absent(analysed: Analysed, recipe: Recipe) -> tuple[str, ...]:
+    """The kinds that a recipe asks for and the model has none of that may go."""
+    coupling = analysed.coupling
+    kinds = {group.kind for group in coupling.groups if group.units.size > 1} | {"weight"}
+    if "layer" in recipe.granularity and offer_of(analysed, recipe).regions:
+        kinds.add("layer")
+    if ranks.splittable(analysed.opened.model, coupling, analysed.copies, recipe.ignore):
+        kinds.add("rank")
+    return tuple(kind for kind in recipe.granularity if kind not in kinds)
 
 
 def _observed(analysed: Analysed, samples: Samples, recipe: Recipe) -> Observed:
@@ -226,7 +237,7 @@ class _Divide:
     ) -> None:
         self._original, self._samples, self._recipe = structure, samples, recipe
         self._observed = _observed(structure.rest, samples, recipe)
-        self._absent = self._without_candidates()
+        self._absent = _absent(structure.rest, recipe)
         self._units = not set(recipe.units) <= set(self._absent)
         self._answers = Answers(self._observed, _DIVISION_SAMPLES)
         self._tell = tell
@@ -274,15 +285,6 @@ class _Divide:
     @functools.cached_property
     def _offer(self) -> Offer:
         return offer_of(self._original.rest, self._recipe)
-
-    def _without_candidates(self) -> tuple[str, ...]:
-        rest, recipe = self._original.rest, self._recipe
-        kinds = {group.kind for group in rest.coupling.groups if group.units.size > 1} | {"weight"}
-        if "layer" in recipe.granularity and self._offer.regions:
-            kinds.add("layer")
-        if ranks.splittable(rest.opened.model, rest.coupling, rest.copies, recipe.ignore):
-            kinds.add("rank")
-        return tuple(kind for kind in recipe.granularity if kind not in kinds)
 
     def _regions(self, structure: _Structure) -> _Structure:
         """Tries numbers of regions; returns what is best, or nearest to the targets."""
