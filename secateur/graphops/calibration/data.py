@@ -25,7 +25,8 @@ Expected = Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
 
 _T = TypeVar("_T")
 
-BATCH = 32  # samples run together, where the model does not say
+BATCH = 32  # samples run together at most, where the model does not say
+_BATCH_BYTES = 4 << 20  # of their inputs: what is computed from them is many times as large
 MOST_SAMPLES = 1024  # more change nothing that can be seen
 MOST_BYTES = 512 << 20  # of samples in memory
 _BATCHES = 16  # to have at least, where the batch is free
@@ -107,7 +108,9 @@ class Calibration:
         one = self._bytes_of_one()
         most = min(total, MOST_SAMPLES, max(MOST_BYTES // max(one, 1), 1))
         wanted = np.unique(np.linspace(0, total - 1, most).round().astype(np.int64))
-        size = self.batch if self.is_fixed() else min(self.batch, max(most // _BATCHES, 1))
+        size = self.batch
+        if not self.is_fixed():
+            size = max(min(size, most // _BATCHES, _BATCH_BYTES // max(one, 1)), 1)
         batches: list[Feeds] = []
         places: list[npt.NDArray[np.int64]] = []
         for part, count, start in zip(self.parts, counts, np.cumsum([0, *counts]), strict=False):

@@ -31,7 +31,8 @@ class Network:
         model: its weights may be changed while the network stands before the nodes that read
             them.
         batches: feeds; all of them are held in memory.
-        hold: most bytes of values to hold, the feeds not counted.
+        hold: most bytes of values to hold, the feeds not counted; of all batches, by what the
+            first one takes.
     """
 
     def __init__(self, model: ir.Model, batches: Sequence[Feeds], hold: int = HOLD) -> None:
@@ -59,7 +60,7 @@ class Network:
     def beside(self, model: ir.Model) -> Network:
         """Another model on the values held here: one that differs only in what is still to run."""
         other = Network(model, (), self._hold)
-        other._held = self._held
+        other._held = list(self._held)
         return other
 
     def advance(self, node: ir.Node) -> None:
@@ -75,16 +76,17 @@ class Network:
         if stop <= self._at:
             return
         kept = [name for name in self._held[0] if self._last_use.get(name, -1) >= stop]
-        piece = self.piece(crossing)
-        held: list[Feeds] = []
-        room = self._hold
-        for batch, values in enumerate(self._held):
-            found = piece.run(batch)
-            room -= sum(array.nbytes for array in found.values() if isinstance(array, np.ndarray))
-            if room < 0 or not all(_can_be_held(array) for array in found.values()):
-                return
-            held.append({**{name: values[name] for name in kept}, **found})
-        self._held, self._at = held, stop
+        piece, held = self.piece(crossing), self._held
+        found = piece.run(0)
+        if not all(map(_can_be_held, found.values())):
+            return
+        share = _bytes(held[0]) / max(sum(map(_bytes, held)), 1)
+        if _bytes(found) > self._hold * share:
+            return
+        for batch, values in enumerate(held):
+            found = found if batch == 0 else piece.run(batch)
+            held[batch] = {**{name: values[name] for name in kept}, **found}
+        self._at = stop
 
     def _model_of(self, names: Sequence[str]) -> tuple[bytes, list[str]]:
         """A model of the nodes between here and `names`; and the inputs it takes."""
@@ -160,6 +162,10 @@ def read_by(node: ir.Node) -> list[ir.Value]:
 
 def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
     return {str(value.name): place for place, node in enumerate(nodes) for value in read_by(node)}
+
+
+def _bytes(values: Feeds) -> int:
+    return sum(array.nbytes for array in values.values() if isinstance(array, np.ndarray))
 
 
 def _can_be_held(value: object) -> bool:

@@ -63,7 +63,7 @@ class Intervals:
             rest: what is added to y before it is flattened, shaped like y.
         """
         step = -(-x.shape[1] // self.most)
-        x, y, rest = x[:, ::step], y[:, ::step], rest[:, ::step]
+        x, y, rest = x[:, ::step].copy(), y[:, ::step], rest[:, ::step]  # a view would hold all
         low, high = (np.float32(bound) - rest for bound in self.bounds)
         self.x.append(x)
         self.y.append(y)

@@ -60,8 +60,8 @@ def repair(
         after.advance(target.node)
         flat, whole = _flat_beyond(target, opsets), nodes[_y(target)]
         given = target, flat, before, after, observed.coupling, keep, seed + place
-        one = _GatesFit(whole, *given) if isinstance(target, Gates) else _Fit(*given)
-        fitted = one.run()
+        gates = isinstance(target, Gates)  # no fit is held: each has sessions of its own
+        fitted = _GatesFit(whole, *given).run() if gates else _Fit(*given).run()
         if fitted is not None:
             steps.append(
                 RepairStep(
