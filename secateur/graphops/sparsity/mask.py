@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur.sparsity import Pattern
 
-Matrix = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.floating[Any]]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -20,6 +21,8 @@ def block_scores(scores: Matrix, pattern: Pattern) -> Matrix:
         scores: (out, k).
         pattern: of blocks, 1 × 1 for single weights.
     """
+    if pattern.rows == pattern.columns == 1:
+        return scores
     out, entries = scores.shape
     sums: Matrix = np.add.reduceat(scores, np.arange(0, out, pattern.rows), axis=0)
     return np.add.reduceat(sums, np.arange(0, entries, pattern.columns), axis=1)
@@ -28,6 +31,16 @@ def block_scores(scores: Matrix, pattern: Pattern) -> Matrix:
 def quota(blocks: int, share: float) -> int:
     """How many of so many blocks go: at least the share, and never all."""
     return min(math.ceil(share * blocks - 1e-9), blocks - 1)
+
+
+def lowest(line: Matrix, count: int) -> Mask:
+    """Marks the `count` lowest of a line; of equals, those that come first."""
+    if not count:
+        return np.zeros(line.size, np.bool_)
+    limit = np.partition(line, count - 1)[count - 1]
+    marked: Mask = line < limit
+    marked[np.flatnonzero(line == limit)[: count - int(marked.sum())]] = True
+    return marked
 
 
 def keep_blocks(scores: Matrix, pattern: Pattern, gone: int, by_row: bool = False) -> Mask:
@@ -41,10 +54,11 @@ def keep_blocks(scores: Matrix, pattern: Pattern, gone: int, by_row: bool = Fals
     """
     sums = block_scores(scores, pattern)
     lines = sums if by_row else sums.reshape(1, -1)
-    order = np.argsort(lines, axis=1, kind="stable")
-    stays = np.ones(lines.shape, np.bool_)
-    np.put_along_axis(stays, order[:, :gone], False, axis=1)
-    tall = np.repeat(stays.reshape(sums.shape), pattern.rows, axis=0)[: scores.shape[0]]
+    stays = ~np.stack([lowest(line, gone) for line in lines])
+    stays = stays.reshape(sums.shape)
+    if stays.shape == scores.shape:
+        return stays
+    tall = np.repeat(stays, pattern.rows, axis=0)[: scores.shape[0]]
     return np.repeat(tall, pattern.columns, axis=1)[:, : scores.shape[1]]
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,12 @@ from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.target import replace_constant
 from secateur.graphops.rules.linear import LinearMap
 from secateur.graphops.sparsity import second_order
-from secateur.graphops.sparsity.mask import block_scores, keep_blocks, keep_runs, quota
+from secateur.graphops.sparsity.mask import block_scores, keep_blocks, keep_runs, lowest, quota
 from secateur.recipe import Recipe
 from secateur.report import SparseWeight
 from secateur.sparsity import Pattern
 
-Matrix = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.floating[Any]]
 
 
 def sparsify(
@@ -163,7 +164,7 @@ class _Layer:
             seed: of the positions that are sampled.
             gone: how many blocks go; the pattern's share of them when None.
         """
-        weight = weight_of(self.view)
+        weight = self._weight()
         error = None
         result = weight
         if not self.dense:
@@ -187,9 +188,17 @@ class _Layer:
 
     def scores(self, network: Network | None, seed: int) -> Matrix:
         """Scores of the blocks of the whole matrix, in one dimension."""
-        weight = weight_of(self.view)
+        weight = self._weight()
         scores = self._scores(weight, self._hessians(network, seed))
         return np.concatenate([block_scores(part, self.pattern).reshape(-1) for part in scores])
+
+    def _weight(self) -> Matrix:
+        """W (groups, out, k), in float64 only where weights are updated: matrices may be large."""
+        tensor = tensor_of(self.view)
+        if self.criterion == "second_order" or tensor is None:
+            return weight_of(self.view)
+        array = self.view.matrix(tensor.numpy())
+        return array.astype(np.result_type(array, np.float32), copy=False)
 
     def _hessians(self, network: Network | None, seed: int) -> Matrix | None:
         """E[x xᵀ], (groups, k, k)."""
@@ -214,7 +223,7 @@ class _Layer:
     def _without(self, weight: Matrix, hessians: Matrix | None, gone: int | None) -> Matrix:
         """The matrix, (groups, out, k), without what goes."""
         if self.criterion == "second_order" and hessians is not None:
-            counts = self._counts(weight, hessians, gone)
+            counts = self._counts(self._scores(weight, hessians), gone)
             return np.stack(
                 [
                     second_order.remove(part, hessian, self.pattern, count)
@@ -228,25 +237,25 @@ class _Layer:
             share = quota(block_scores(scores[0], self.pattern).shape[1], self.pattern.share)
             kept = [keep_blocks(part, self.pattern, share, by_row=True) for part in scores]
             return np.where(kept, weight, 0)
-        counts = self._counts(weight, hessians, gone)
+        counts = self._counts(scores, gone)
         kept = [
             keep_blocks(part, self.pattern, count)
             for part, count in zip(scores, counts, strict=True)
         ]
         return np.where(kept, weight, 0)
 
-    def _counts(self, weight: Matrix, hessians: Matrix | None, gone: int | None) -> list[int]:
+    def _counts(self, scores: Matrix, gone: int | None) -> list[int]:
         """How many blocks of each group of a convolution go: those that score least in all."""
-        blocks = [
-            block_scores(part, self.pattern).reshape(-1) for part in self._scores(weight, hessians)
-        ]
+        blocks = [block_scores(part, self.pattern).reshape(-1) for part in scores]
         if self.pattern.run:
             return [0] * len(blocks)
         total = sum(block.size for block in blocks)
         gone = quota(total, self.pattern.share) if gone is None else gone
+        if len(blocks) == 1:
+            return [gone]
         owner = np.repeat(np.arange(len(blocks)), [block.size for block in blocks])
-        order = np.argsort(np.concatenate(blocks), kind="stable")[:gone]
-        return [int(count) for count in np.bincount(owner[order], minlength=len(blocks))]
+        going = lowest(np.concatenate(blocks), gone)
+        return [int(count) for count in np.bincount(owner[going], minlength=len(blocks))]
 
 
 def _relative(before: Matrix, after: Matrix, hessians: Matrix) -> float:
