@@ -135,6 +135,8 @@ def main() -> None:
         name, fields = arguments.cell
         print(json.dumps(asdict(run_cell(by_name[name], json.loads(fields)))))
         return
+    if unknown := set(arguments.models) - set(by_name):
+        parser.error(f"no model {', '.join(unknown)}; there are {', '.join(by_name)}")
     arguments.into.parent.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str], Cell] = {}
     for line in arguments.into.read_text().splitlines() if arguments.into.exists() else ():

@@ -41,11 +41,11 @@ _ZERO_POINTS = {
     "MatMulIntegerToFloat": 4,
     "QAttention": 6,
 }
-# Operator → the last input that runs with the channels.
 # Operators that choose and weigh inside; what is not there has a logit of −∞.
 _ROUTED = ("MoE", "QMoE")
 # Operator → the output that names positions of what it compared.
 _NUMBERS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
+# Operator → the last input that runs with the channels.
 _LAST_PARAMETER = {"EmbedLayerNormalization": 6, "QEmbedLayerNormalization": 6}
 
 
