@@ -19,6 +19,7 @@ import secateur
 import secateur.graphops
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.quantised import scaled_constants
+from secateur.graphops.repair.integers import rounded
 from secateur.graphops.verify.law import check_law
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
@@ -154,3 +155,70 @@ def test_the_report_says_that_quantised_weights_are_not_repaired(
         assert len(found) == said
     with pytest.raises(secateur.Refused):
         prune(source, repair=True)
+
+
+def test_weights_that_are_dequantised_are_refitted(quantised: tuple[str, bytes]) -> None:
+    form, source = quantised
+    if "qdq" not in form:
+        pytest.skip("no DequantizeLinear reads the weights")
+    plain, repaired = (
+        secateur.graphops.prune(
+            source,
+            secateur.Recipe.parse({"target": {"macs": 0.35}, "repair": repair}),
+            calibration=DIGITS / "calibration.npz",
+            measure_latency=False,
+        )
+        for repair in (False, True)
+    )
+    before, after = (r.report.verification.drift[0].relative_error for r in (plain, repaired))
+    assert after < 0.7 * before
+    assert not [text for text in repaired.report.warnings if "are not repaired" in text]
+    kinds = [
+        sorted((name, array.dtype.str) for name, array in constants(model).items() if array.size)
+        for model in (plain.model, repaired.model)
+    ]
+    assert kinds[0] == kinds[1]
+    _check_scales_of_biases(repaired.model)
+
+
+def _check_scales_of_biases(model: bytes) -> None:
+    """Sums of products of integers are in steps of the input's scale times the weight's."""
+    proto, numbers = onnx.load_from_string(model), constants(model)
+    made = {node.output[0]: node for node in proto.graph.node}
+    count = 0
+    for node in proto.graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        x, w, b = (made[name] for name in node.input)
+        assert {x.op_type, w.op_type, b.op_type} == {"DequantizeLinear"}
+        wanted = numbers[x.input[1]] * numbers[w.input[1]]
+        np.testing.assert_allclose(numbers[b.input[1]], wanted, rtol=1e-5)
+        count += 1
+    assert count
+
+
+@pytest.mark.parametrize(
+    ("new", "integers", "scale"),
+    [
+        ([[5.0, -2.0]], [[50, -20]], 0.1),  # fits
+        ([[12.0, -3.0]], [[100, -25]], 0.12),  # the first would lie beyond 100
+        ([[6.0, -10.0]], [[30, -50]], 0.2),  # the second beyond -50
+    ],
+)
+@pytest.mark.parametrize("zero", [0, 120])
+def test_scales_grow_where_they_must(
+    new: list[list[float]], integers: list[list[int]], scale: float, zero: int
+) -> None:
+    net = Net()
+    old = np.array([[100, -50]]) + zero
+    kind = np.uint8 if zero else np.int8
+    operands = [net.const(a) for a in (old.astype(kind), np.float32(0.1), kind(zero))]
+    net.output(net.op("MatMul", net.input("x", [2, 1]), net.op("DequantizeLinear", *operands)))
+    graph = open_model(net.bytes()).model.graph
+    node = next(node for node in graph if node.op_type == "DequantizeLinear")
+    found = rounded(node, np.array(new))
+    np.testing.assert_array_equal(found.integers, np.array(integers) + zero)
+    assert found.integers.dtype == kind
+    assert found.scaled.scale == pytest.approx(scale)
+    assert found.growth == pytest.approx(scale / 0.1)
+    np.testing.assert_allclose(found.real(), new, rtol=1e-6)

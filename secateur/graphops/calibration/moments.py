@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from secateur.graphops import rules
 from secateur.graphops.calibration.network import Network
+from secateur.graphops.model.quantised import dequantiser, real_tensor
 from secateur.graphops.model.shapes import Shapes, constant_of
 from secateur.graphops.rules.linear import LinearMap
 
@@ -95,14 +96,21 @@ class Moments:
         return damped
 
 
-def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:
-    """Every node of the main graph that is a matrix product with a constant weight."""
+def linear_maps(model: ir.Model, shapes: Shapes, *, quantised: bool = False) -> Iterator[LinearMap]:
+    """Every node of the main graph that is a matrix product with a constant weight.
+
+    Args:
+        model: the model.
+        shapes: of it, or of the one it was cut from.
+        quantised: whether weights that a DequantizeLinear makes of constants count.
+    """
     opsets = dict(model.opset_imports)
     for node in model.graph:
         rule = rules.of(node, opsets)
         if rule is None or rule.linear is None or len(node.inputs) < 2:
             continue
-        x, tensor = node.inputs[0], constant_of(node.inputs[1])
+        x, weight = node.inputs[0], node.inputs[1]
+        tensor = numbers_of(weight) if quantised else constant_of(weight)
         shape = None if x is None else shapes.of(str(x.name))
         if shape is None or tensor is None or tensor.dtype not in FITTED:
             continue
@@ -111,9 +119,15 @@ def linear_maps(model: ir.Model, shapes: Shapes) -> Iterator[LinearMap]:
             yield view
 
 
+def numbers_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """A constant, or what a DequantizeLinear makes of constants; None for anything else."""
+    node = dequantiser(value)
+    return constant_of(value) if node is None else real_tensor(node)
+
+
 def tensor_of(view: LinearMap) -> ir.TensorProtocol | None:
     """The constant that a node multiplies with, None where it is not one."""
-    return constant_of(view.node.inputs[view.weight])
+    return numbers_of(view.node.inputs[view.weight])
 
 
 def weight_of(view: LinearMap) -> Matrix:

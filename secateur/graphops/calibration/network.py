@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from secateur.graphops.calibration.data import Array, Feeds
 from secateur.graphops.model.opening import release
+from secateur.graphops.model.quantised import dequantiser
 from secateur.graphops.model.shapes import captured_by
 from secateur.graphops.verify.runtime import does_not_run, open_session
 
@@ -69,7 +70,7 @@ class Network:
         crossing = [
             name
             for place in range(self._at, stop)
-            if self._nodes[place].op_type != "Constant"  # weights are read where they lie
+            if not _makes_a_weight(self._nodes[place])  # weights are read where they lie
             for name in (str(output.name) for output in self._nodes[place].outputs if output.name)
             if self._last_use.get(name, -1) >= stop
         ]
@@ -162,6 +163,10 @@ def read_by(node: ir.Node) -> list[ir.Value]:
 
 def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
     return {str(value.name): place for place, node in enumerate(nodes) for value in read_by(node)}
+
+
+def _makes_a_weight(node: ir.Node) -> bool:
+    return node.op_type == "Constant" or dequantiser(node.outputs[0]) is not None
 
 
 def _bytes(values: Feeds) -> int:

@@ -54,7 +54,7 @@ class Observed:
         """Matrix products whose summed axis can be cut, by the name of their output."""
         return {
             str(view.node.outputs[0].name): view
-            for view in linear_maps(self.model, self.coupling.shapes)
+            for view in linear_maps(self.model, self.coupling.shapes, quantised=True)
             if self.line(view) is not None and width(view) <= WIDEST
         }
 

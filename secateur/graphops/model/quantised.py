@@ -26,6 +26,9 @@ _READERS: dict[str, tuple[int, int | None, int]] = {
 }
 
 
+_REFITTED = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32)
+
+
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """Scale and zero point of one constant.
@@ -68,6 +71,42 @@ def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:
             np.zeros(1) if zero is None else zero.numpy(),
         )
     return found
+
+
+def dequantiser(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes a tensor of constants for one reader; None for any other.
+
+    Blocks of scales, and integers of other than 8 or 32 bits, are left to others.
+    """
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or len(value.uses()) > 1:  # type: ignore[union-attr]
+        return None
+    integers, scale, zero = (constant_of(_input(node, index)) for index in range(3))
+    if integers is None or scale is None or integer(node, "block_size", 0):
+        return None
+    if zero is None and _input(node, 2) is not None:
+        return None
+    return node if integers.dtype in _REFITTED else None
+
+
+def real_tensor(node: ir.Node) -> ir.TensorProtocol:
+    """What a `dequantiser` puts out, computed when its numbers are asked for."""
+    integers, scale = constant_of(node.inputs[0]), constant_of(node.inputs[1])
+    assert integers is not None and scale is not None
+
+    def compute() -> ir.TensorProtocol:
+        real = scaled_by(node).real(integers.numpy())
+        return ir.Tensor(real.astype(scale.dtype.numpy()), dtype=scale.dtype)
+
+    return ir.LazyTensor(compute, scale.dtype, ir.Shape(integers.shape.numpy()))
+
+
+def scaled_by(node: ir.Node) -> Scaled:
+    """Scale and zero point of a `dequantiser`."""
+    integers, scale, zero = (constant_of(_input(node, index)) for index in range(3))
+    assert integers is not None and scale is not None
+    axis = _axis(node, len(integers.shape)) % max(len(integers.shape), 1)
+    return Scaled(axis, scale.numpy(), np.zeros(1) if zero is None else zero.numpy())
 
 
 def _input(node: ir.Node, index: int | None) -> ir.Value | None:

@@ -267,6 +267,7 @@ def _cut(
     if plan is None:
         _check_size(serialised.size, opened.size, recipe)
     feeds, aside = examples(analysed) if samples is None else samples.judged, opened.aside
+    fitted_by = None if samples is None else rest.coupling.shapes
     before = Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size)
     after = Cost(
         macs=cost.macs(rest.coupling).of(decision.keep),
@@ -303,7 +304,7 @@ def _cut(
         sensitivity=sensitivity_records(rest.coupling, decision.curves or {}),
         repair=steps,
         folded=folded,
-        quantised=quantised(pruned) if recipe.repair and kept else 0,
+        quantised=quantised(pruned, fitted_by) if recipe.repair and kept else 0,
         sparse_weights=sparse_weights,
         feeds=feeds,
         held_back=samples is not None and samples.held_back,

@@ -130,8 +130,9 @@ def unrepaired(quantised: int) -> tuple[str, ...]:
     if not quantised:
         return ()
     return (
-        f"{quantised} layers have quantised weights, which are not repaired: prune the model that "
-        "was quantised, and quantise the result (--quantize)",
+        f"{quantised} layers have quantised weights that are not repaired: give calibration data, "
+        "which refit those that DequantizeLinear reads; or prune the model that was quantised, and "
+        "quantise the result (--quantize)",
     )
 
 

@@ -29,7 +29,7 @@ def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
         keep: per unit whether it stays.
     """
     places = {node: place for place, node in enumerate(pruned.graph)}
-    for view in linear_maps(pruned, observed.coupling.shapes):
+    for view in linear_maps(pruned, observed.coupling.shapes, quantised=True):
         name = str(view.node.outputs[0].name)
         original = observed.consumers.get(name)
         line = None if original is None else observed.line(original)

@@ -11,6 +11,7 @@ moments of batches that the fit has not seen; no λ at all means the old weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,20 +156,35 @@ class Fitted:
     damping: float | None
 
 
-def choose(seen: Sums, held: Sums, weight: Matrix, bias: Matrix, *, biased: bool) -> Fitted:
-    """Fits on one part of the data, keeps what is best on the other, and then uses both."""
+def choose(
+    seen: Sums,
+    held: Sums,
+    weight: Matrix,
+    bias: Matrix,
+    *,
+    biased: bool,
+    stored: Callable[[Matrix], Matrix] = lambda weight: weight,
+) -> Fitted:
+    """Fits on one part of the data, keeps what is best on the other, and then uses both.
+
+    Args:
+        seen, held: sums over both parts.
+        weight, bias: as they are.
+        biased: whether there is a b.
+        stored: what becomes of a W where it is written; errors are those of that.
+    """
     scale = 1 / max(held.variance(), 1e-30)
     before = held.error(weight, bias)
     best, damping = before, None
     for candidate in DAMPINGS:
-        fitted = seen.fit(weight, candidate, biased=biased)
+        fitted = stored(seen.fit(weight, candidate, biased=biased))
         error = held.error(fitted, seen.bias(fitted) if biased else bias)
         if np.isfinite(error) and error < best:
             best, damping = error, candidate
     if damping is None:
         return Fitted(weight, bias, before * scale, before * scale, None)
     together = seen + held
-    weight = together.fit(weight, damping, biased=biased)
+    weight = stored(together.fit(weight, damping, biased=biased))
     bias = together.bias(weight) if biased else bias
     return Fitted(weight, bias, before * scale, best * scale, damping)
 

@@ -18,8 +18,9 @@ from secateur.graphops.calibration.data import Array
 from secateur.graphops.calibration.moments import FITTED, WIDEST
 from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.repair import fit
+from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.repair.fit import Fitted, Sums
-from secateur.graphops.repair.target import Ending, replace_constant
+from secateur.graphops.repair.target import Ending
 from secateur.graphops.rules.linear import pick_rows
 
 Matrix = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ from secateur.graphops.calibration.network import Network, Piece
 from secateur.graphops.calibration.observed import HELD_BACK, Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes
+from secateur.graphops.model.shapes import Shapes, constant_of
 from secateur.graphops.repair.fit import Fitted, Sums
 from secateur.graphops.repair.gates import Gates, input_weight
 from secateur.graphops.repair.interval import Bounds, Intervals, loosen
@@ -99,7 +99,7 @@ def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
         shapes: of the original, whose ranks are the same.
     """
     places = {node: place for place, node in enumerate(model.graph)}
-    views = {view.node: view for view in linear_maps(model, shapes)}
+    views = {view.node: view for view in linear_maps(model, shapes, quantised=True)}
     opsets = dict(model.opset_imports)
     found: list[Repairable | None] = []
     for node in places:
@@ -118,19 +118,31 @@ def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
     return [one for one in found if one is not None]
 
 
-def quantised(model: ir.Model) -> int:
-    """How many products have quantised weights, which repair leaves as they are."""
+def quantised(model: ir.Model, shapes: Shapes | None) -> int:
+    """How many products have quantised weights that repair leaves as they are.
+
+    Args:
+        model: the pruned one.
+        shapes: of the original; None where there are no data to fit by.
+    """
     opsets = dict(model.opset_imports)
+    fitted = {target.node for target in repairable(model, shapes)} if shapes is not None else set()
     count = 0
     for node in model.graph:
         rule = rules.of(node, opsets)
-        if rule is None or rule.macs is None:
+        if rule is None or rule.macs is None or node in fitted:
             continue
         weight = node.inputs[1] if len(node.inputs) > 1 else None
-        producer = None if weight is None else weight.producer()
-        through = producer is not None and producer.op_type == "DequantizeLinear"
-        count += rule.family == "quantised" or (rule.linear is not None and through)
+        count += rule.family == "quantised" or (rule.linear is not None and _dequantised(weight))
     return count
+
+
+def _dequantised(value: ir.Value | None) -> bool:
+    """Whether a DequantizeLinear makes it of a constant."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return False
+    return constant_of(node.inputs[0]) is not None
 
 
 def _y(target: Repairable) -> str:
@@ -156,6 +168,8 @@ def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None
     """Beyond what it makes no difference what a node puts out, as far as is known."""
     if isinstance(target, Gates) or not target.end.biased:
         return None
+    if isinstance(target, Target) and target.rounded:
+        return None  # what is rounded may lie beyond a bound or not
     reader = target.end.reader(target.node)
     if reader is None:
         return None

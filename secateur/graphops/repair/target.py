@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array
-from secateur.graphops.calibration.moments import tensor_of, weight_of
+from secateur.graphops.calibration.moments import numbers_of, tensor_of, weight_of
+from secateur.graphops.model.quantised import dequantiser
 from secateur.graphops.model.shapes import constant_of
-from secateur.graphops.repair import fit
+from secateur.graphops.repair import fit, integers
+from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.repair.fit import Fitted, Sums
 from secateur.graphops.rules.linear import LinearMap, pick_rows
 from secateur.graphops.rules.registry import Rule
@@ -157,7 +159,7 @@ class Ending:
 
     def numbers(self) -> Matrix | None:
         """b, flat; None where there is none yet."""
-        tensor = constant_of(self.bias)
+        tensor = numbers_of(self.bias)
         return None if tensor is None else tensor.numpy().astype(np.float64).reshape(-1)
 
     def write_bias(
@@ -179,6 +181,10 @@ class Ending:
         assert index is not None
         if index >= len(owner.inputs):
             owner.resize_inputs(index + 1)
+        quantised = dequantiser(owner.inputs[index])
+        if quantised is not None:
+            integers.write_bias(graph, quantised, bias.reshape(-1), name)
+            return
         replace_constant(graph, owner, index, bias.reshape(-1), dtype, name)
 
 
@@ -209,7 +215,12 @@ class Target:
             bias = view.node.inputs[view.bias] if view.bias < len(view.node.inputs) else None
             if bias is not None and not _is_vector(bias):
                 return None
-        return cls(view, Ending.of(view.node, places, bias, biased=view.bias is not None))
+        weight = dequantiser(view.node.inputs[view.weight])
+        if weight is not None and not integers.fits(weight, bias):
+            return None
+        # one that is added to integers' products keeps ONNX Runtime from computing them as such
+        biased = view.bias is not None and (weight is None or bias is not None)
+        return cls(view, Ending.of(view.node, places, bias, biased=biased))
 
     @property
     def node(self) -> ir.Node:
@@ -233,6 +244,11 @@ class Target:
         return weight is None or len(weight.uses()) > 1
 
     @property
+    def rounded(self) -> bool:
+        """Whether the weight is stored in integers."""
+        return dequantiser(self.node.inputs[self.view.weight]) is not None
+
+    @property
     def grows(self) -> bool:
         """The weight is the node's own."""
         return self.end.grows
@@ -248,16 +264,27 @@ class Target:
         return self.view.rows(x, shape, places)
 
     def fit(self, seen: Sums, held: Sums) -> Fitted:
-        """Least squares."""
-        return fit.choose(seen, held, *self.start(), biased=self.end.biased)
+        """Least squares; of integers, as they will be rounded."""
+        return fit.choose(seen, held, *self.start(), biased=self.end.biased, stored=self._stored)
+
+    def _stored(self, weight: Matrix) -> Matrix:
+        """What is left of W where it is written."""
+        node, old = dequantiser(self.node.inputs[self.view.weight]), tensor_of(self.view)
+        if node is None or old is None:
+            return weight
+        rounded = integers.rounded(node, self.view.tensor(weight, old.shape.numpy()))
+        return self.view.matrix(rounded.real()).astype(np.float64)
 
     def write(self, graph: ir.Graph, weight: Matrix, bias: Matrix) -> None:
         """Puts W and b where the node reads them; b only where it can be set."""
-        old = tensor_of(self.view)
+        old, node = tensor_of(self.view), dequantiser(self.node.inputs[self.view.weight])
         assert old is not None
         array = self.view.tensor(weight, old.shape.numpy())
         name = f"{self.node.outputs[0].name}_weight"
-        replace_constant(graph, self.node, self.view.weight, array, old.dtype, name)
+        if node is not None:
+            integers.rounded(node, array).write(graph, name, dequantiser(self.end.bias))
+        else:
+            replace_constant(graph, self.node, self.view.weight, array, old.dtype, name)
         if self.end.biased:
             self.end.write_bias(graph, self.node, self.view.bias, bias, old.dtype)
 
@@ -376,33 +403,5 @@ class Correction:
 
 
 def _is_vector(value: ir.Value) -> bool:
-    tensor = constant_of(value)
+    tensor = numbers_of(value)
     return tensor is not None and len(tensor.shape) == 1
-
-
-def replace_constant(
-    graph: ir.Graph,
-    node: ir.Node,
-    index: int,
-    array: npt.NDArray[Any],
-    dtype: ir.DataType,
-    name: str,
-) -> None:
-    """Gives input `index` of a node new numbers, in a tensor of its own."""
-    value = node.inputs[index]
-    alone = value is not None and len(value.uses()) == 1
-    if value is not None and alone:
-        name = str(value.name)
-    numbers = np.ascontiguousarray(array.astype(dtype.numpy()))
-    tensor = ir.Tensor(numbers, dtype=dtype, name=name)
-    if value is not None and alone:
-        producer = value.producer()
-        if producer is not None:
-            producer.attributes.clear()  # it may have been value_floats
-            producer.attributes["value"] = ir.AttrTensor("value", tensor)
-        else:
-            value.const_value = tensor
-        return
-    fresh = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(fresh)
-    node.replace_input_with(index, fresh)

@@ -25,7 +25,7 @@ from secateur.graphops.calibration.moments import (
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
-from secateur.graphops.repair.target import replace_constant
+from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.rules.linear import LinearMap
 from secateur.graphops.sparsity import second_order
 from secateur.graphops.sparsity.mask import block_scores, keep_blocks, keep_runs, lowest, quota

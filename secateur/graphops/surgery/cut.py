@@ -104,7 +104,7 @@ def _sliced(
         sliced = ir.LazyTensor(take, tensor.dtype, ir.Shape(shape), name=tensor.name)
     else:
         sliced = _take(tensor, axes)
-    return sliced, {axis: tuple(int(i) for i in indices) for axis, indices in axes.items()}
+    return sliced, {axis: tuple(indices.tolist()) for axis, indices in axes.items()}
 
 
 def _take(tensor: ir.TensorProtocol, axes: Mapping[int, npt.NDArray[np.intp]]) -> ir.TensorProtocol:
