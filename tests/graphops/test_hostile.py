@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import pytest
 from nets import Net
@@ -19,6 +20,8 @@ from onnx import AttributeProto, TensorProto, helper
 import secateur
 from secateur import graphops
 from secateur.errors import Code
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.quantised import scaled_constants
 
 FUZZ = pathlib.Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
@@ -246,6 +249,74 @@ def test_an_axis_that_is_not_there_is_left_to_the_runtime() -> None:
         model.graph.node[1].attribute.append(helper.make_attribute("axis", 9))
 
     graphops.inspect(_model(change))
+
+
+@pytest.mark.parametrize("field", ["graph.name", "producer_name", "doc_string"])
+def test_texts_beside_the_nodes_are_checked_too(field: str) -> None:
+    """They were read and could not be written again."""
+
+    def change(model: onnx.ModelProto) -> None:
+        *above, last = field.split(".")
+        setattr(model.graph if above else model, last, "nEt of somebody")
+
+    content = _model(change).replace(b"nEt of", b"n\xe5t of")
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(content)
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+    assert "UTF-8" in caught.value.refusal.message
+
+
+def test_a_one_hot_of_unknown_shape_stays() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    numbers = net.op("Cast", x, to=TensorProto.INT64, domain="of.somebody")
+    depth, values = net.const(np.array(6)), net.const(np.array([0, 1], np.float32))
+    y = net.op("ReduceSum", net.op("OneHot", numbers, depth, values, axis=2), net.ints(2))
+    net.output(net.conv(net.op("Relu", net.conv(y, 8, 6)), 6, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.prune(net.bytes(), measure_latency=False)
+    assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
+
+
+def test_vectors_that_suit_neither_groups_nor_channels_freeze_them() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 6)
+    wrong = [net.const(np.ones(shape, np.float32)) for shape in ((3, 6, 1, 1), (3,))]
+    x = net.op("GroupNormalization", x, *wrong, num_groups=1)
+    net.output(net.conv(x, 6, 3))
+    found = graphops.inspect(net.bytes())
+    assert "one per group" in " ".join(f"{entry}" for entry in found.frozen)
+
+
+@pytest.mark.parametrize("scales", [8, 3, 0])
+def test_scales_that_do_not_suit_their_integers_say_nothing(scales: int) -> None:
+    net = Net()
+    integers = net.const(np.ones((8, 4, 1, 1), np.int8))
+    scale = net.const(np.ones(scales, np.float32))
+    w = net.op("DequantizeLinear", integers, scale, axis=0)
+    net.output(net.op("Conv", net.input("x", [2, 4, 6, 6]), w))
+    found = scaled_constants(open_model(net.bytes()).model.graph)
+    assert bool(found) == (scales == 8)
+
+
+def test_a_bias_of_another_length_is_left_to_the_runtime() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    x = net.op("BatchNormalization", x, *(net.const(np.ones(8, np.float32)) for _ in range(4)))
+    weight = net.const(net.draw.standard_normal((6, 8, 1, 1)).astype(np.float32))
+    y = net.op("Conv", x, weight, net.const(np.zeros(0, np.float32)))
+    net.output(net.conv(net.op("Relu", y), 6, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.prune(net.bytes(), measure_latency=False)
+    assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
+
+
+def test_attention_of_no_heads_is_left_to_the_runtime() -> None:
+    net = Net()
+    x = net.input("x", [2, 5, 8])
+    names = [net.op("MatMul", x, net.const(np.ones((8, 8), np.float32))) for _ in range(3)]
+    net.output(net.op("MultiHeadAttention", *names, num_heads=0, domain="com.microsoft"))
+    graphops.inspect(net.bytes())
 
 
 @pytest.mark.timeout(120)

@@ -139,10 +139,21 @@ def weight_of(view: LinearMap) -> Matrix:
 
 def width(view: LinearMap) -> int:
     """Entries of x[p]."""
+    return _sizes(view)[2]
+
+
+def outputs_of(view: LinearMap) -> int:
+    """Channels of y, of all groups together."""
+    groups, out, _ = _sizes(view)
+    return groups * out
+
+
+def _sizes(view: LinearMap) -> tuple[int, int, int]:
+    """Of W, (groups, out, k); it is not read."""
     tensor = tensor_of(view)
     assert tensor is not None
-    nothing = np.broadcast_to(np.float32(0), tensor.shape.numpy())
-    return int(view.matrix(nothing).shape[2])
+    groups, out, entries = view.matrix(np.broadcast_to(np.float32(0), tensor.shape.numpy())).shape
+    return groups, out, entries
 
 
 def sample_places(

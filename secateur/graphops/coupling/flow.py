@@ -318,7 +318,13 @@ class Flow:
         return shared
 
     def choose(self, choice: Choice) -> None:
-        """Leaves to `grouping.decide` which of the two cuts of a grouped axis is made."""
+        """Leaves to `grouping.decide` which of the two cuts of a grouped axis is made.
+
+        Raises:
+            ValueError: a vector that runs with the groups is not as long as there are groups.
+        """
+        if any(row.size != matrix.shape[0] for row in choice.rows for matrix in choice.matrices):
+            raise ValueError("a vector with neither one number per channel nor one per group")
         self.choices.append(choice)
 
     def keep(self, labels: Labels, least: int = 1) -> None:

@@ -29,6 +29,7 @@ def check_parts(proto: onnx.ModelProto) -> None:
         Refused: `INVALID_MODEL`.
     """
     _check_text(opset.domain for opset in proto.opset_import)
+    _check_text((proto.producer_name, proto.producer_version, proto.domain, proto.doc_string))
     opsets = {_domain(opset.domain): opset.version for opset in proto.opset_import}
     _check_graph(proto.graph, opsets)
     for function in proto.functions:
@@ -96,6 +97,7 @@ def _domain(domain: str) -> str:
 
 
 def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+    _check_text((graph.name, graph.doc_string))
     _check_text(value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for tensor in graph.initializer:
         _check_tensor(tensor)
@@ -108,6 +110,7 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
 def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> None:
     for node in nodes:
         _check_text((node.domain, node.op_type, node.name, *node.input, *node.output))
+        _check_text((node.doc_string,))
         domain = _domain(node.domain)
         version = opsets.get(domain, 1)
         _check_arity(node, version, domain)
@@ -132,7 +135,7 @@ def _check_text(names: Iterable[str | bytes]) -> None:
         if isinstance(name, bytes):
             raise refuse(
                 Code.INVALID_MODEL,
-                f"a name is not UTF-8: {name!r}",
+                f"a name or a text is not UTF-8: {name!r}",
                 expected="text",
                 found=name.hex(),
             )

@@ -76,7 +76,8 @@ def _attention(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
         return [None]
     if len(value) == 4:
         return [(query[0], query[1], (value[1] or 0) * (value[3] or 0))]
-    share = _int(node, "num_heads", 1) // (_int(node, "kv_num_heads") or _int(node, "num_heads", 1))
+    heads = _int(node, "num_heads") or 1
+    share = heads // (_int(node, "kv_num_heads") or heads)
     return [(query[0], query[1], (value[2] or 0) * share)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class Scaled:
     scale: npt.NDArray[Any]
     zero: npt.NDArray[Any]
 
+    def suits(self, shape: Sequence[int]) -> bool:
+        """Whether there is one number, or one per position of the axis."""
+        wide = shape[self.axis] if -len(shape) <= self.axis < len(shape) else 1
+        return {self.scale.size, self.zero.size} <= {1, wide}
+
     def real(self, integers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """What integers stand for, in their shape."""
         shape = [1] * integers.ndim
@@ -65,11 +71,13 @@ def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:
         scale, zero = (constant_of(_input(node, index)) for index in others)
         if tensor is None or (scale is None and others[0] is not None):
             continue
-        found[str(node.inputs[place].name)] = Scaled(  # type: ignore[union-attr]
+        scaled = Scaled(
             _axis(node, len(tensor.shape)),
             np.ones(1) if scale is None else scale.numpy(),
             np.zeros(1) if zero is None else zero.numpy(),
         )
+        if scaled.suits(tensor.shape.numpy()):
+            found[str(node.inputs[place].name)] = scaled  # type: ignore[union-attr]
     return found
 
 
@@ -86,7 +94,8 @@ def dequantiser(value: ir.Value | None) -> ir.Node | None:
         return None
     if zero is None and _input(node, 2) is not None:
         return None
-    return node if integers.dtype in _REFITTED else None
+    fits = integers.dtype in _REFITTED and scaled_by(node).suits(integers.shape.numpy())
+    return node if fits else None
 
 
 def real_tensor(node: ir.Node) -> ir.TensorProtocol:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array
-from secateur.graphops.calibration.moments import numbers_of, tensor_of, weight_of
+from secateur.graphops.calibration.moments import numbers_of, outputs_of, tensor_of, weight_of
 from secateur.graphops.model.quantised import dequantiser
 from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.repair import fit, integers
@@ -213,7 +213,7 @@ class Target:
         bias = None
         if view.bias is not None:
             bias = view.node.inputs[view.bias] if view.bias < len(view.node.inputs) else None
-            if bias is not None and not _is_vector(bias):
+            if bias is not None and not _is_vector(bias, outputs_of(view)):
                 return None
         weight = dequantiser(view.node.inputs[view.weight])
         if weight is not None and not integers.fits(weight, bias):
@@ -317,8 +317,7 @@ class Correction:
         tensor = tensor_of(target.view)
         if tensor is None or not target.end.biased:
             return None
-        out = target.view.matrix(np.broadcast_to(np.float32(0), tensor.shape.numpy())).shape
-        channels = out[0] * out[1]
+        channels = outputs_of(target.view)
         return cls(
             target.node,
             target.y_axis,
@@ -402,6 +401,7 @@ class Correction:
             self.end.write_bias(graph, self.node, self.shift, shift, self.dtype)
 
 
-def _is_vector(value: ir.Value) -> bool:
+def _is_vector(value: ir.Value, size: int | None = None) -> bool:
+    """Whether it is a constant vector, of that size where one is given."""
     tensor = numbers_of(value)
-    return tensor is not None and len(tensor.shape) == 1
+    return tensor is not None and len(tensor.shape) == 1 and size in (None, tensor.size)

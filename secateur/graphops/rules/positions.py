@@ -96,11 +96,14 @@ def couple_one_hot(flow: Flow, node: ir.Node) -> None:
 
 def rewrite_one_hot(surgeon: Surgeon, node: ir.Node) -> None:
     """The depth is the number of positions that stay."""
-    new = integer(node, "axis", -1) % len(surgeon.shape(node.outputs[0]))
+    size = len(surgeon.shape(node.outputs[0]))
+    if not size:
+        return  # of an unknown shape: nothing was cut
+    new = integer(node, "axis", -1) % size
     depth = surgeon.value(node.inputs[1])
     if depth is not None and surgeon.kept(node.outputs[0], new) is not None:
-        size = surgeon.size(node.outputs[0], new)
-        surgeon.set_input(node, 1, np.full_like(depth, size), like=depth.dtype)
+        left = surgeon.size(node.outputs[0], new)
+        surgeon.set_input(node, 1, np.full_like(depth, left), like=depth.dtype)
 
 
 def couple_elements(flow: Flow, node: ir.Node) -> None:
