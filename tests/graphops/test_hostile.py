@@ -311,6 +311,39 @@ def test_a_bias_of_another_length_is_left_to_the_runtime() -> None:
     assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
 
 
+def test_fewer_than_one_group_is_left_to_the_runtime() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 12)
+    weight = net.const(np.ones((12, 6, 2, 2), np.float32))
+    x = net.op("ConvTranspose", x, weight, net.const(np.ones(12, np.float32)), group=-(2**31))
+    net.output(net.conv(x, 12, 3))
+    graphops.inspect(net.bytes())
+
+
+@pytest.mark.timeout(60)
+def test_an_equation_that_is_no_text_is_refused() -> None:
+    """Native code never came to its end."""
+    net = Net()
+    weight = net.const(np.ones((12, 8), np.float32))
+    net.output(net.op("Einsum", net.input("x", [2, 5, 8]), weight, equation=b"b\0ik,nk->bin"))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(net.bytes())
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+
+
+def test_a_body_that_hands_out_what_lies_outside_is_refused() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    outside = [helper.make_tensor_value_info(x, TensorProto.FLOAT, None)]
+    body = helper.make_graph([], "body", [], outside)
+    y = net.op("If", net.const(np.array(True)), then_branch=body, else_branch=body)
+    net.output(net.conv(y, 8, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(net.bytes())
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+    assert "Identity" in caught.value.refusal.hint
+
+
 def test_attention_of_no_heads_is_left_to_the_runtime() -> None:
     net = Net()
     x = net.input("x", [2, 5, 8])

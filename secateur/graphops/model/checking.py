@@ -123,10 +123,36 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> 
                 _check_tensor(attribute.t)
             for tensor in attribute.tensors:
                 _check_tensor(tensor)
-            if attribute.HasField("g"):
-                _check_graph(attribute.g, opsets)
-            for graph in attribute.graphs:
+            if node.op_type == "Einsum" and b"\0" in attribute.s:  # native code reads on for ever
+                raise refuse(
+                    Code.INVALID_MODEL,
+                    f"node {node.name or node.output[0]!r}: its equation is no text",
+                    nodes=(node.name or node.output[0],),
+                    expected="letters, dots, commas and an arrow",
+                    found=repr(attribute.s),
+                )
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 _check_graph(graph, opsets)
+                _check_body(node, graph)
+
+
+def _check_body(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+    """A body hands out what it makes, or was given: ONNX Runtime runs no other."""
+    own = {value.name for value in graph.input}
+    own |= {tensor.name for tensor in graph.initializer}
+    own |= {sparse.values.name for sparse in graph.sparse_initializer}
+    own |= {name for inner in graph.node for name in inner.output}
+    for value in graph.output:
+        if value.name not in own:
+            label = node.name or next(iter(node.output), node.op_type)
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"node {label!r} ({node.op_type}): its body hands out {value.name!r} of outside",
+                nodes=(label,),
+                expected="an output that a node of the body makes",
+                found=value.name,
+                hint="Put an Identity between the two.",
+            )
 
 
 def _check_text(names: Iterable[str | bytes]) -> None:

@@ -232,6 +232,8 @@ def couple_convolution(
     if x is None or w is None or shape is None or None in shape[:2]:
         return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
     groups = integer(node, "group", 1)
+    if groups < 1:
+        return freeze_all(flow, node, "UNSUPPORTED_FORM", f"{groups} groups")
     for axis in range(2, len(shape)):
         flow.freeze_axis(w, axis, node, "KERNEL", "a position of the kernel")
     for axis in range(2, rank(flow, x) or 2):
