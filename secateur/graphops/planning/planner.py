@@ -118,15 +118,12 @@ class _Search:
 
     def keep(self, gone: Mask) -> Mask:
         """The units that stay when the marked steps go."""
-        keep = np.ones(self._count + 1, np.bool_)
-        for place in np.flatnonzero(gone).tolist():
-            keep[self._steps[place].units] = False
-        return keep
+        return self._without([self._steps[place] for place in np.flatnonzero(gone).tolist()])
 
-    def _after(self, taken: int) -> Mask:
+    def _without(self, steps: Sequence[Step]) -> Mask:
         keep = np.ones(self._count + 1, np.bool_)
-        if taken:
-            keep[np.concatenate([step.units for step in self._steps[:taken]])] = False
+        if steps:
+            keep[np.concatenate([step.units for step in steps])] = False
         return keep
 
     def prefix(
@@ -139,12 +136,12 @@ class _Search:
         """
         limit = fraction * original if fraction <= 1 else fraction
         low, high = 0, len(self._steps)
-        least = measure(self._after(high))
+        least = measure(self._without(self._steps[:high]))
         if least > limit:
             raise unreachable(target, fraction, least / original if fraction <= 1 else least)
         while low < high:
             middle = (low + high) // 2
-            if measure(self._after(middle)) <= limit:
+            if measure(self._without(self._steps[:middle])) <= limit:
                 high = middle
             else:
                 low = middle + 1
