@@ -344,6 +344,33 @@ def test_a_body_that_hands_out_what_lies_outside_is_refused() -> None:
     assert "Identity" in caught.value.refusal.hint
 
 
+def test_a_body_that_reads_what_nothing_makes_is_refused() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    bodies = [
+        helper.make_graph([helper.make_node("Neg", [name], ["y"])], "body", [], made)
+        for name in (x, "nobody")
+    ]
+    flag = net.const(np.array(True))
+    y = net.op("If", flag, then_branch=bodies[0], else_branch=bodies[1])
+    net.output(net.conv(y, 8, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(net.bytes())
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+    assert caught.value.refusal.found == "nobody"
+
+
+def test_embeddings_without_their_scales_are_left_to_the_runtime() -> None:
+    net = Net()
+    ids = [net.input(name, [2, 5], TensorProto.INT32) for name in ("t", "s")]
+    tables = [net.const(np.ones((9, 8), np.uint8)) for _ in range(3)]
+    vectors = [net.const(np.ones(8, np.uint8))]
+    x = net.op("QEmbedLayerNormalization", *ids, *tables, *vectors, domain="com.microsoft")
+    net.output(net.op("MatMul", x, net.const(np.ones((8, 3), np.float32))))
+    graphops.inspect(net.bytes())
+
+
 def test_attention_of_no_heads_is_left_to_the_runtime() -> None:
     net = Net()
     x = net.input("x", [2, 5, 8])

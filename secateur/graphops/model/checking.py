@@ -31,10 +31,11 @@ def check_parts(proto: onnx.ModelProto) -> None:
     _check_text(opset.domain for opset in proto.opset_import)
     _check_text((proto.producer_name, proto.producer_version, proto.domain, proto.doc_string))
     opsets = {_domain(opset.domain): opset.version for opset in proto.opset_import}
-    _check_graph(proto.graph, opsets)
+    _check_graph(proto.graph, opsets, _names(proto.graph))
     for function in proto.functions:
         _check_text((function.domain, function.name, *function.input, *function.output))
-        _check_nodes(function.node, opsets)
+        own = {*function.input, *(name for node in function.node for name in node.output)}
+        _check_nodes(function.node, opsets, own)
 
 
 def count_nodes(proto: onnx.ModelProto) -> int:
@@ -96,7 +97,16 @@ def _domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
-def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
+def _names(graph: onnx.GraphProto) -> set[str]:
+    """What a graph is given or makes, without what its bodies do."""
+    found = {value.name for value in graph.input}
+    found |= {tensor.name for tensor in graph.initializer}
+    found |= {sparse.values.name for sparse in graph.sparse_initializer}
+    return found | {name for node in graph.node for name in node.output}
+
+
+def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int], names: set[str]) -> None:
+    """Args: names: its own, and those around it."""
     _check_text((graph.name, graph.doc_string))
     _check_text(value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for tensor in graph.initializer:
@@ -104,10 +114,12 @@ def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int]) -> None:
     for sparse in graph.sparse_initializer:
         _check_tensor(sparse.values)
         _check_tensor(sparse.indices)
-    _check_nodes(graph.node, opsets)
+    _check_nodes(graph.node, opsets, names)
 
 
-def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> None:
+def _check_nodes(
+    nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int], names: set[str]
+) -> None:
     for node in nodes:
         _check_text((node.domain, node.op_type, node.name, *node.input, *node.output))
         _check_text((node.doc_string,))
@@ -132,19 +144,18 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int]) -> 
                     found=repr(attribute.s),
                 )
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _check_graph(graph, opsets)
-                _check_body(node, graph)
+                own = _names(graph)
+                _check_body(node, graph, own, names)
+                _check_graph(graph, opsets, names | own)
 
 
-def _check_body(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
-    """A body hands out what it makes, or was given: ONNX Runtime runs no other."""
-    own = {value.name for value in graph.input}
-    own |= {tensor.name for tensor in graph.initializer}
-    own |= {sparse.values.name for sparse in graph.sparse_initializer}
-    own |= {name for inner in graph.node for name in inner.output}
+def _check_body(
+    node: onnx.NodeProto, graph: onnx.GraphProto, own: set[str], around: set[str]
+) -> None:
+    """A body reads what there is, and hands out what is its own: ONNX Runtime runs no other."""
+    label = node.name or next(iter(node.output), node.op_type)
     for value in graph.output:
         if value.name not in own:
-            label = node.name or next(iter(node.output), node.op_type)
             raise refuse(
                 Code.INVALID_MODEL,
                 f"node {label!r} ({node.op_type}): its body hands out {value.name!r} of outside",
@@ -152,6 +163,15 @@ def _check_body(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
                 expected="an output that a node of the body makes",
                 found=value.name,
                 hint="Put an Identity between the two.",
+            )
+    for name in (name for inner in graph.node for name in inner.input):
+        if name and name not in own and name not in around:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"node {label!r} ({node.op_type}): its body reads {name!r}, which nothing makes",
+                nodes=(label,),
+                expected="a value of the body or of the graphs around it",
+                found=name,
             )
 
 

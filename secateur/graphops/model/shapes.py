@@ -414,7 +414,8 @@ class _Skeleton:
         inferred = contrib.infer(step.node, inputs)
         if inferred is None:
             return False
-        source = facts.type_of(step.inputs[contrib.elements_from(step.node)])
+        place = contrib.elements_from(step.node)
+        source = facts.type_of(step.inputs[place]) if place < len(step.inputs) else None
         elements = source[0] if isinstance(source, tuple) else onnx.TensorProto.FLOAT
         if step.op_type in contrib.COMPARISONS:
             elements = onnx.TensorProto.BOOL
