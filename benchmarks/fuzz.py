@@ -19,6 +19,7 @@ import faulthandler
 import functools
 import json
 import lzma
+import os
 import pathlib
 import random
 import resource
@@ -537,7 +538,9 @@ def work(seed: int, start: int, stop: int) -> None:
 
     bases()
     _limit_memory()
-    print(json.dumps({"ready": True}), flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # native code prints where it likes
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for number in range(start, stop):
         faulthandler.dump_traceback_later(LIMIT_SECONDS - 2, exit=False)
         _, content = make(seed, number)
@@ -550,7 +553,8 @@ def work(seed: int, start: int, stop: int) -> None:
         faulthandler.cancel_dump_traceback_later()
         took = time.perf_counter() - began
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(json.dumps({"number": number, "took": took, "peak": peak, **outcome}), flush=True)
+        line = json.dumps({"number": number, "took": took, "peak": peak, **outcome})
+        print(line, file=answers, flush=True)
 
 
 # -- the parent --------------------------------------------------------------------------------

@@ -361,6 +361,24 @@ def test_a_body_that_reads_what_nothing_makes_is_refused() -> None:
     assert caught.value.refusal.found == "nobody"
 
 
+@pytest.mark.parametrize(
+    ("cycle", "code"), [(True, Code.INVALID_MODEL), (False, Code.MODEL_DOES_NOT_RUN)]
+)
+def test_bodies_out_of_order_are_refused(cycle: bool, code: Code) -> None:
+    """ONNX Runtime sorts the nodes of the main graph only."""
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    nodes = [helper.make_node("Neg", ["a"], ["y"])]
+    nodes.append(helper.make_node("Add", ["y" if cycle else x, x], ["a"]))
+    body = helper.make_graph(nodes, "body", [], made)
+    y = net.op("If", net.const(np.array(True)), then_branch=body, else_branch=body)
+    net.output(net.conv(net.op("Relu", net.conv(y, 8, 6)), 6, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.prune(net.bytes(), measure_latency=False)
+    assert caught.value.refusal.code is code
+
+
 def test_embeddings_without_their_scales_are_left_to_the_runtime() -> None:
     net = Net()
     ids = [net.input(name, [2, 5], TensorProto.INT32) for name in ("t", "s")]

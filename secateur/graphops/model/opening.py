@@ -293,7 +293,7 @@ def _deserialise(proto: onnx.ModelProto) -> ir.Model:
         if model.functions:
             onnx_ir.passes.common.InlinePass()(model)
             onnx_ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-        if not _is_sorted(model.graph):
+        if not all(_is_sorted(graph) for graph in model.graphs()):
             model.graph.sort()
     except Exception as error:  # hostile files reach every corner of a deserialiser
         raise refuse(Code.INVALID_MODEL, f"the graph cannot be read: {error}") from None
