@@ -379,6 +379,29 @@ def test_bodies_out_of_order_are_refused(cycle: bool, code: Code) -> None:
     assert caught.value.refusal.code is code
 
 
+def test_a_kernel_wider_than_its_input_is_refused() -> None:
+    """The inference of a Slice, onnx's and ONNX Runtime's, ends the process at a negative size."""
+    net = Net()
+    weight = net.const(np.ones((8, 4, 1, 1), np.float32))
+    x = net.op("Conv", net.input("x", [2, 4, 6, 6]), weight, kernel_shape=[1, 65])
+    x = net.op("Slice", x, net.ints(0, 0, 0, 0), net.ints(2, 6, 6, 6))
+    net.output(net.conv(net.op("Relu", net.conv(x, 6, 6)), 6, 3))
+    code = "import sys; from secateur import graphops; graphops.prune(sys.stdin.buffer.read())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=net.bytes(), capture_output=True, check=False)
+    assert b"INVALID_MODEL: node 'conv_" in done.stderr
+
+
+def test_a_loop_without_inputs_is_left_to_the_runtime() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    body = helper.make_graph([helper.make_node("Relu", [x], ["y"])], "body", [], [])
+    net.op("Loop", body=body)
+    net.output(net.conv(net.op("Relu", x), 8, 3))
+    with pytest.raises(secateur.Refused):
+        graphops.prune(net.bytes(), measure_latency=False)
+
+
 def test_embeddings_without_their_scales_are_left_to_the_runtime() -> None:
     net = Net()
     ids = [net.input(name, [2, 5], TensorProto.INT32) for name in ("t", "s")]

@@ -118,6 +118,14 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
             second = skeleton.infer(bindings[1], strict=not last)
         except _InvalidBinding:
             continue
+        if skeleton.impossible and bindings[0] == bindings[1]:
+            raise refuse(
+                Code.INVALID_MODEL,
+                f"node {skeleton.impossible!r} would put out a tensor of a negative size",
+                nodes=(skeleton.impossible,),
+                expected="a kernel no wider than what it slides over",
+                found="one that is wider",
+            )
         inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
         return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
     raise AssertionError("the last attempt is not strict and cannot fail")
@@ -257,7 +265,7 @@ class _Skeleton:
     """The graph without its weights, ready for shape inference under several bindings."""
 
     def __init__(self, model: ir.Model) -> None:
-        graph = model.graph
+        graph = self._graph = model.graph
         self._opsets = dict(model.opset_imports)
         self._opset = self._opsets.get("", 1)
         self._ir_version = max(model.ir_version, 4)
@@ -267,6 +275,7 @@ class _Skeleton:
         self._sizes: dict[str, Shape | None] = {}
         self._protos: dict[_Type, onnx.TypeProto] = {}
         self._inferred: dict[tuple[Any, ...], list[_Type | None] | None] = {}
+        self.impossible = ""  # the last node of the main graph whose result has a negative size
         self._bodies: dict[ir.Graph, list[_Step]] = {}
         self._steps = self._read(graph)
 
@@ -367,7 +376,9 @@ class _Skeleton:
             for name, array in zip(step.outputs, outputs, strict=False):
                 facts.values[name], facts.shapes[name] = array, array.shape
             return
-        live = live_branch(step.node, facts.values.get(step.inputs[0])) if step.bodies else None
+        live = None
+        if step.bodies and step.inputs:
+            live = live_branch(step.node, facts.values.get(step.inputs[0]))
         for body in step.bodies:
             self._visit_body(step.node, body, facts, live in (None, body))
         if live is not None:
@@ -470,6 +481,10 @@ class _Skeleton:
                 self._inferred[key] = answer
         else:
             answer = self._inferred[key]
+        if answer is not None and any(map(_is_negative, answer)):
+            answer = None  # a kernel wider than what it slides over
+            if step.node.graph is self._graph:  # a body may never run
+                self.impossible = node.name or next(iter(step.outputs))
         if answer is None:
             if facts.strict:
                 raise _InvalidBinding
@@ -521,6 +536,12 @@ class _Skeleton:
         if standard is not None:
             answer = [(elements, *found[1:]) if found is not None else None for found in answer]
         return answer
+
+
+def _is_negative(found: _Type | None) -> bool:
+    """Whether a size is: native code that reads it ends the process."""
+    sizes = found[1] if isinstance(found, tuple) else None
+    return any(size is not None and size < 0 for size in sizes or ())
 
 
 _EVALUATED = (
