@@ -152,7 +152,8 @@ def choose(
 def _choose_structure(
     analysed: Analysed, recipe: Recipe, samples: Samples | None, clock: Clock
 ) -> _Choice:
-    layers, absent = "layer" in recipe.granularity, _absent(analysed, recipe)
+    offer = offer_of(analysed, recipe) if "layer" in recipe.granularity else None
+    layers, absent = offer is not None, _absent(analysed, recipe, offer)
     units = not set(recipe.units) <= set(absent)
     if samples is None and (layers or (units and "rank" not in absent)):
         raise refuse(
@@ -169,33 +170,43 @@ def _choose_structure(
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
         if samples is not None and (recipe.units or {"layer", "rank"} <= set(recipe.granularity)):
-            return _Divide(structure, samples, recipe, tell).run()
-        if layers:
+            return _Divide(structure, samples, recipe, offer, absent, tell).run()
+        if offer is not None:
             assert samples is not None
-            offer, observed = offer_of(analysed, recipe), _observed(analysed, samples, recipe)
+            observed = _observed(analysed, samples, recipe)
             going = removal.choose(observed, offer, recipe.target, tell)
             structure = structure.without(offer, going, samples, recipe)
         elif not units:
-            offered = _candidates(analysed, recipe, samples)
-            seen = None if samples is None else _observed(analysed, samples, recipe)
-            path = ranks.path(
-                analysed.opened.model,
-                analysed.coupling,
-                offered,
-                ranks.goals(analysed.coupling, offered, recipe, analysed.costs),
-                recipe,
-                seen,
-                tell,
-            )
-            structure = structure.split(offered, path[-1], samples, recipe)
+            structure = _by_ranks(structure, samples, recipe, tell)
     return _Choice(structure, decide(structure.rest, recipe, samples, None, clock), absent=absent)
 
 
-def _absent(analysed: Analysed, recipe: Recipe) -> tuple[str, ...]:
+def _by_ranks(
+    structure: _Structure,
+    samples: Samples | None,
+    recipe: Recipe,
+    tell: Callable[[float], None] = lambda share: None,
+) -> _Structure:
+    """Splits products until the targets are met. Raises Refused: `UNREACHABLE_TARGET`."""
+    rest = structure.rest
+    offered = _candidates(rest, recipe, samples)
+    path = ranks.path(
+        rest.opened.model,
+        rest.coupling,
+        offered,
+        ranks.goals(rest.coupling, offered, recipe, rest.costs),
+        recipe,
+        None if samples is None else _observed(rest, samples, recipe),
+        tell,
+    )
+    return structure.split(offered, path[-1], samples, recipe)
+
+
+def _absent(analysed: Analysed, recipe: Recipe, offer: Offer | None) -> tuple[str, ...]:
     """The kinds that a recipe asks for and the model has none of that may go."""
     coupling = analysed.coupling
     kinds = {group.kind for group in coupling.groups if group.units.size > 1} | {"weight"}
-    if "layer" in recipe.granularity and offer_of(analysed, recipe).regions:
+    if offer is not None and offer.regions:
         kinds.add("layer")
     if ranks.splittable(analysed.opened.model, coupling, analysed.copies, recipe.ignore):
         kinds.add("rank")
@@ -233,11 +244,13 @@ class _Divide:
         structure: _Structure,
         samples: Samples,
         recipe: Recipe,
+        offer: Offer | None,
+        absent: tuple[str, ...],
         tell: Callable[[float], None],
     ) -> None:
         self._original, self._samples, self._recipe = structure, samples, recipe
         self._observed = _observed(structure.rest, samples, recipe)
-        self._absent = _absent(structure.rest, recipe)
+        self._offer, self._absent = offer, absent
         self._units = not set(recipe.units) <= set(self._absent)
         self._answers = Answers(self._observed, _DIVISION_SAMPLES)
         self._tell = tell
@@ -260,8 +273,8 @@ class _Divide:
                 found="none",
                 hint="`secateur inspect` lists what is frozen and why.",
             )
-        if "layer" in kinds:
-            structure = self._regions(structure)
+        if self._offer is not None:
+            structure = self._regions(structure, self._offer)
         if "rank" in kinds and self._units:
             self._ranks(structure)
         elif "layer" not in kinds:
@@ -282,18 +295,14 @@ class _Divide:
         )
         return replace(best, divisions=divisions, absent=self._absent)
 
-    @functools.cached_property
-    def _offer(self) -> Offer:
-        return offer_of(self._original.rest, self._recipe)
-
-    def _regions(self, structure: _Structure) -> _Structure:
+    def _regions(self, structure: _Structure, offer: Offer) -> _Structure:
         """Tries numbers of regions; returns what is best, or nearest to the targets."""
         path = removal.path(
-            self._observed, self._offer, self._recipe.target, lambda share: self._tell(share / 4)
+            self._observed, offer, self._recipe.target, lambda share: self._tell(share / 4)
         )
 
         def without(place: int) -> _Structure:
-            return structure.without(self._offer, path[place], self._samples, self._recipe)
+            return structure.without(offer, path[place], self._samples, self._recipe)
 
         found = division.search(
             len(path) - 1,
@@ -337,16 +346,7 @@ class _Divide:
         if self._units or _met(rest, recipe):
             return structure
         if "rank" in recipe.granularity and "rank" not in self._absent:
-            offered = _candidates(rest, recipe, self._samples)
-            path = ranks.path(
-                rest.opened.model,
-                rest.coupling,
-                offered,
-                ranks.goals(rest.coupling, offered, recipe, rest.costs),
-                recipe,
-                _observed(rest, self._samples, recipe),
-            )
-            return structure.split(offered, path[-1], self._samples, recipe)
+            return _by_ranks(structure, self._samples, recipe)
         wanted = ranks.missing(rest.coupling, recipe, rest.costs)
         key, value = next(iter(wanted.items()))
         raise unreachable(key, recipe.target[key], recipe.target[key] + value / rest.costs[key])
