@@ -43,7 +43,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The program `secateur`."""
-    _malloc.keep_freed(32 << 20, 256 << 20)  # tensors
+    _malloc.keep_freed()
     app(prog_name="secateur")
 
 

@@ -57,7 +57,7 @@ def main() -> None:
         peak = pathlib.Path(secateur.__file__).parent / "graphops" / "profile" / "peak.py"
         runpy.run_path(str(peak))["main"](*model_and_feeds)
         return
-    _malloc.keep_freed(32 << 20, 256 << 20)  # tensors
+    _malloc.keep_freed()
     channel = Channel()
     import secateur.graphops as engine
 
