@@ -166,7 +166,7 @@ def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
 
 
 def _makes_a_weight(node: ir.Node) -> bool:
-    return node.op_type == "Constant" or dequantiser(node.outputs[0]) is not None
+    return node.op_type == "Constant" or any(map(dequantiser, node.outputs))
 
 
 def _bytes(values: Feeds) -> int:
