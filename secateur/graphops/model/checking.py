@@ -106,7 +106,7 @@ def _names(graph: onnx.GraphProto) -> set[str]:
 
 
 def _check_graph(graph: onnx.GraphProto, opsets: Mapping[str, int], names: set[str]) -> None:
-    """Args: names: its own, and those around it."""
+    """Checks a graph that sees the values in `names`: its own, and those around it."""
     _check_text((graph.name, graph.doc_string))
     _check_text(value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for tensor in graph.initializer:
@@ -121,8 +121,8 @@ def _check_nodes(
     nodes: Iterable[onnx.NodeProto], opsets: Mapping[str, int], names: set[str]
 ) -> None:
     for node in nodes:
-        _check_text((node.domain, node.op_type, node.name, *node.input, *node.output))
-        _check_text((node.doc_string,))
+        _check_text((node.domain, node.op_type, node.name, node.doc_string))
+        _check_text((*node.input, *node.output))
         domain = _domain(node.domain)
         version = opsets.get(domain, 1)
         _check_arity(node, version, domain)
