@@ -50,14 +50,18 @@ class Scaled:
 
     def real(self, integers: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """What integers stand for, in their shape."""
-        shape = [1] * integers.ndim
-        shape[self.axis] = -1
-        scale, zero = (
-            array.astype(np.float32).reshape(shape if array.size > 1 else [1] * integers.ndim)
-            for array in (self.scale, self.zero)
+        scale, zero = self.along(integers.ndim)
+        real: npt.NDArray[np.float32] = (integers.astype(np.float32) - zero.astype(np.float32)) * (
+            scale.astype(np.float32)
         )
-        real: npt.NDArray[np.float32] = (integers.astype(np.float32) - zero) * scale
         return real
+
+    def along(self, rank: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Scale and zero point in shapes that meet a tensor of that rank."""
+        shape, one = [1] * rank, [1] * rank
+        shape[self.axis] = -1
+        scale, zero = (a.reshape(shape if a.size > 1 else one) for a in (self.scale, self.zero))
+        return scale, zero
 
 
 def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:

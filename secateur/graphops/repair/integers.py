@@ -75,15 +75,10 @@ def rounded(node: ir.Node, array: Array) -> Rounded:
     old, scaled = constant_of(node.inputs[0]), scaled_by(node)
     assert old is not None
     integers = old.numpy()
-    shape = [1] * array.ndim
-    if scaled.scale.size > 1:
-        shape[scaled.axis] = -1
-    others = tuple(axis for axis, size in enumerate(shape) if size == 1)
-    zero = scaled.zero.astype(np.float64)
-    zero = zero.reshape(shape if zero.size > 1 else [1] * array.ndim)
+    scale, zero = (one.astype(np.float64) for one in scaled.along(array.ndim))
+    others = tuple(axis for axis, size in enumerate(scale.shape) if size == 1)
     above, below = (max(float(d.max()), 1.0) for d in (integers - zero, zero - integers))
     most, least = (f(array, axis=others, keepdims=True) for f in (np.max, np.min))
-    scale = scaled.scale.astype(np.float64).reshape(shape)
     grown = np.maximum(scale, np.maximum(most / above, -least / below))
     grown = grown.astype(scaled.scale.dtype)
     limits = np.iinfo(integers.dtype)

@@ -168,7 +168,7 @@ def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None
     """Beyond what it makes no difference what a node puts out, as far as is known."""
     if isinstance(target, Gates) or not target.end.biased:
         return None
-    if isinstance(target, Target) and target.rounded:
+    if isinstance(target, Target) and target.dequantiser is not None:
         return None  # what is rounded may lie beyond a bound or not
     reader = target.end.reader(target.node)
     if reader is None:

@@ -244,9 +244,9 @@ class Target:
         return weight is None or len(weight.uses()) > 1
 
     @property
-    def rounded(self) -> bool:
-        """Whether the weight is stored in integers."""
-        return dequantiser(self.node.inputs[self.view.weight]) is not None
+    def dequantiser(self) -> ir.Node | None:
+        """The node that makes the weight of integers, None where it is stored as it is."""
+        return dequantiser(self.node.inputs[self.view.weight])
 
     @property
     def grows(self) -> bool:
@@ -269,7 +269,7 @@ class Target:
 
     def _stored(self, weight: Matrix) -> Matrix:
         """What is left of W where it is written."""
-        node, old = dequantiser(self.node.inputs[self.view.weight]), tensor_of(self.view)
+        node, old = self.dequantiser, tensor_of(self.view)
         if node is None or old is None:
             return weight
         rounded = integers.rounded(node, self.view.tensor(weight, old.shape.numpy()))
@@ -277,7 +277,7 @@ class Target:
 
     def write(self, graph: ir.Graph, weight: Matrix, bias: Matrix) -> None:
         """Puts W and b where the node reads them; b only where it can be set."""
-        old, node = tensor_of(self.view), dequantiser(self.node.inputs[self.view.weight])
+        old, node = tensor_of(self.view), self.dequantiser
         assert old is not None
         array = self.view.tensor(weight, old.shape.numpy())
         name = f"{self.node.outputs[0].name}_weight"
