@@ -14,7 +14,7 @@ from secateur.errors import Code, Refused
 from secateur.graphops.criteria.reconstruction import Consumer, eliminate
 from secateur.graphops.planning import allocation
 from secateur.graphops.planning.sensitivity import Curve
-from secateur.graphops.planning.steps import Step
+from secateur.graphops.planning.steps import Steps
 from secateur.graphops.repair.fit import Sums, choose
 
 
@@ -94,22 +94,24 @@ class _Coupling:
 def test_the_cheapest_drift_goes_first_and_prices_follow_what_has_gone() -> None:
     coupling: Any = _Coupling([4, 4])
     scores = np.array([0, 1, 2, 3, 4, 1, 2, 3, 4], float)
-    steps = [
-        Step(0.0, index, group.units[gone : gone + 1], 3 - gone)
-        for index, group in enumerate(coupling.groups)
-        for gone in range(3)
-    ]
+    steps = Steps(
+        groups=np.array([0, 0, 0, 1, 1, 1]),
+        left=np.array([3, 2, 1] * 2),
+        units=np.concatenate([group.units[:3] for group in coupling.groups]),
+        ends=np.arange(1, 7),
+    )
     curves = {0: Curve((0, 2), (0.0, 0.01)), 1: Curve((0, 2), (0.0, 1.0))}
     order = allocation.arrange(
         steps, coupling, scores, curves, lambda keep: float(keep[1:5].sum() * keep[5:].sum())
     )
-    assert [step.group for step in order] == [0, 0, 0, 1, 1, 1]
-    assert [step.key for step in order] == sorted(step.key for step in order)
+    assert order.groups.tolist() == [0, 0, 0, 1, 1, 1]
     for index in range(2):  # within a group, the order of the scores
-        assert [s.left for s in order if s.group == index] == [3, 2, 1]
+        assert order.left[order.groups == index].tolist() == [3, 2, 1]
     dear = {0: curves[1], 1: curves[0]}
     order = allocation.arrange(steps, coupling, scores, dear, lambda keep: float(keep.sum()))
-    assert [step.group for step in order] == [1, 1, 1, 0, 0, 0]
+    assert order.groups.tolist() == [1, 1, 1, 0, 0, 0]
+    # the units of a step go with it
+    assert order.units.tolist() == [5, 6, 7, 1, 2, 3]
 
 
 # -- fits --------------------------------------------------------------------------------------

@@ -9,15 +9,14 @@ Lagrangian solution where costs are fixed (Shoham, Gersho: Efficient Bit Allocat
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.planning.sensitivity import Curve
-from secateur.graphops.planning.steps import Mask, Scores, Step
+from secateur.graphops.planning.steps import Mask, Scores, Steps
 
 # Drift saturates at 1, where nothing of the output is left: what adds up is -ln(1 - drift). Beyond
 # this much of it, a group is lost.
@@ -26,12 +25,12 @@ _BEYOND = 2.0  # how much steeper than its last part a curve is taken to be wher
 
 
 def arrange(
-    steps: Sequence[Step],
+    steps: Steps,
     coupling: Coupling,
     scores: Scores,
     curves: Mapping[int, Curve],
     measure: Callable[[Mask], float],
-) -> list[Step]:
+) -> Steps:
     """The steps in the order in which they go; of groups without a curve, in proportion to loss.
 
     Args:
@@ -41,13 +40,16 @@ def arrange(
         curves: by index of the group.
         measure: what the budget counts, of a choice of units.
     """
-    queues: dict[int, list[Step]] = {}
-    for step in sorted(steps, key=lambda step: -step.left):
-        queues.setdefault(step.group, []).append(step)
+    queues: dict[int, list[int]] = {}
+    for place in np.argsort(-steps.left, kind="stable").tolist():
+        queues.setdefault(int(steps.groups[place]), []).append(place)
     scale = _typical(coupling, scores, curves)
     slopes = {
         index: _slopes(
-            queue, np.sort(scores[coupling.groups[index].units]), curves.get(index), scale
+            steps.left[queue],
+            np.sort(scores[coupling.groups[index].units]),
+            curves.get(index),
+            scale,
         )
         for index, queue in queues.items()
     }
@@ -57,29 +59,29 @@ def arrange(
 
     def price(index: int) -> float:
         """Drift per unit of cost of a group's next step, as things stand."""
-        step = queues[index][taken[index]]
-        keep[step.units] = False
+        units = steps.of(queues[index][taken[index]])
+        keep[units] = False
         saved = left - measure(keep)
-        keep[step.units] = True
-        return float(slopes[index][taken[index]] * step.units.size / max(saved, 1e-9))
+        keep[units] = True
+        return float(slopes[index][taken[index]] * units.size / max(saved, 1e-9))
 
     heap = [(price(index), index) for index in queues]
     heapq.heapify(heap)
-    order: list[Step] = []
+    order: list[int] = []
     while heap:
         _, index = heapq.heappop(heap)
         now = price(index)
         if heap and now > heap[0][0]:  # it has become dearer since it was priced
             heapq.heappush(heap, (now, index))
             continue
-        step = queues[index][taken[index]]
-        keep[step.units] = False
+        place = queues[index][taken[index]]
+        keep[steps.of(place)] = False
         left = measure(keep)
-        order.append(replace(step, key=float(len(order))))
+        order.append(place)
         taken[index] += 1
         if taken[index] < len(queues[index]):
             heapq.heappush(heap, (price(index), index))
-    return order
+    return steps.ordered(np.array(order, np.intp))
 
 
 def _typical(coupling: Coupling, scores: Scores, curves: Mapping[int, Curve]) -> float:
@@ -93,13 +95,13 @@ def _typical(coupling: Coupling, scores: Scores, curves: Mapping[int, Curve]) ->
 
 
 def _slopes(
-    queue: Sequence[Step], losses: Scores, curve: Curve | None, scale: float
+    left: npt.NDArray[np.int64], losses: Scores, curve: Curve | None, scale: float
 ) -> npt.NDArray[np.float64]:
-    """Drift per unit at each step, on the lower convex hull of the curve.
+    """Drift per unit at each step of a group, on the lower convex hull of its curve.
 
     Between measured points drift follows the loss, which is known at every unit.
     """
-    gone = np.array([0, *(losses.size - step.left for step in queue)])
+    gone = np.r_[0, losses.size - left]
     loss = np.concatenate([[0.0], losses[gone[1:] - 1]])
     if curve is None:
         drift = scale * loss
@@ -110,9 +112,9 @@ def _slopes(
         rise = measured[-1] - measured[-2]
         steep = _BEYOND * rise / max(known[-1] - known[-2], 1e-12)
         drift = np.where(loss > known[-1], measured[-1] + steep * (loss - known[-1]), drift)
-    slopes = np.zeros(len(queue))
+    slopes = np.zeros(left.size)
     at = 0
-    while at < len(queue):
+    while at < left.size:
         ahead = (drift[at + 1 :] - drift[at]) / (gone[at + 1 :] - gone[at])
         end = at + 1 + int(np.argmin(ahead))
         slopes[at:end] = max(float(ahead[end - at - 1]), 0.0)

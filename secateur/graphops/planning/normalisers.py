@@ -20,11 +20,11 @@ from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.recipe import Normaliser
 
 Scores = npt.NDArray[np.float64]
-Normalise = Callable[[float], float]
+Normalise = Callable[[Scores], Scores]
 
 
 def normalisers(coupling: Coupling, scores: Scores, normaliser: Normaliser) -> list[Normalise]:
-    """One function of a score for each group."""
+    """One function of scores for each group."""
     groups = coupling.groups
     if normaliser == "isomorphic":
         structures = [_structure(coupling, group) for group in groups]
@@ -34,17 +34,17 @@ def normalisers(coupling: Coupling, scores: Scores, normaliser: Normaliser) -> l
         ranks = {key: _rank(np.sort(np.concatenate(parts))) for key, parts in alike.items()}
         return [ranks[structure] for structure in structures]
     if normaliser == "none":
-        return [float for _ in groups]
+        return [np.asarray for _ in groups]
     measure = np.mean if normaliser == "mean" else np.max
     return [_divide(float(measure(scores[group.units])) or 1.0) for group in groups]
 
 
 def _divide(by: float) -> Normalise:
-    return lambda score: score / by
+    return lambda scores: scores / by
 
 
 def _rank(ascending: Scores) -> Normalise:
-    return lambda score: float(np.searchsorted(ascending, score, "right")) / ascending.size
+    return lambda scores: np.searchsorted(ascending, scores, "right") / ascending.size
 
 
 def _structure(coupling: Coupling, group: UnitGroup) -> object:

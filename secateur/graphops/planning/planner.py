@@ -19,7 +19,7 @@ from secateur.errors import Code, Refused, refuse
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.planning import allocation, cost
 from secateur.graphops.planning.sensitivity import Curve
-from secateur.graphops.planning.steps import Mask, Scores, Step, sequence
+from secateur.graphops.planning.steps import Mask, Scores, Steps, sequence
 from secateur.recipe import BUDGETS, Recipe
 
 # What a target counts of a choice of units, and how much of it the original has.
@@ -52,7 +52,7 @@ def choose(
         Refused: `NOTHING_TO_PRUNE` or `UNREACHABLE_TARGET` with the closest reachable value.
     """
     steps = sequence(coupling, scores, recipe)
-    if not steps:
+    if not len(steps):
         raise refuse(
             Code.NOTHING_TO_PRUNE,
             "no group of channels can be cut",
@@ -99,32 +99,28 @@ def _measure(coupling: Coupling, target: str, params_before: int) -> Measure:
     return macs.of, float(macs.of(np.ones(coupling.count + 1, np.bool_)))
 
 
-def _local_share(coupling: Coupling, steps: Sequence[Step], fraction: float) -> Mask:
+def _local_share(coupling: Coupling, steps: Steps, fraction: float) -> Mask:
     """Steps that bring each group down to the share; one unit or rounding step always stays."""
-    gone = np.zeros(len(steps), np.bool_)
-    for place, step in enumerate(steps):
-        total = coupling.groups[step.group].units.size
-        before = step.left + step.units.size
-        gone[place] = before > fraction * total + 1e-9
-    return gone
+    totals = np.array([group.units.size for group in coupling.groups])[steps.groups]
+    return steps.left + steps.sizes > fraction * totals + 1e-9
 
 
 class _Search:
     """Bisection over prefixes of the sequence."""
 
-    def __init__(self, coupling: Coupling, steps: Sequence[Step]) -> None:
+    def __init__(self, coupling: Coupling, steps: Steps) -> None:
         self._count = coupling.count
         self._steps = steps
 
     def keep(self, gone: Mask) -> Mask:
         """The units that stay when the marked steps go."""
-        return self._without([self._steps[place] for place in np.flatnonzero(gone).tolist()])
-
-    def _without(self, steps: Sequence[Step]) -> Mask:
         keep = np.ones(self._count + 1, np.bool_)
-        if steps:
-            keep[np.concatenate([step.units for step in steps])] = False
+        keep[self._steps.units[np.repeat(gone, self._steps.sizes)]] = False
         return keep
+
+    def _without(self, steps: int) -> Mask:
+        """The units that stay when so many of the first steps go."""
+        return self.keep(np.arange(len(self._steps)) < steps)
 
     def prefix(
         self, target: str, measure: Callable[[Mask], float], fraction: float, original: float
@@ -136,12 +132,12 @@ class _Search:
         """
         limit = fraction * original if fraction <= 1 else fraction
         low, high = 0, len(self._steps)
-        least = measure(self._without(self._steps[:high]))
+        least = measure(self._without(high))
         if least > limit:
             raise unreachable(target, fraction, least / original if fraction <= 1 else least)
         while low < high:
             middle = (low + high) // 2
-            if measure(self._without(self._steps[:middle])) <= limit:
+            if measure(self._without(middle)) <= limit:
                 high = middle
             else:
                 low = middle + 1
@@ -156,13 +152,12 @@ class _Search:
         keep, changed = self.keep(gone), True
         while changed:
             changed = False
-            last: dict[int, int] = {}
-            for place in np.flatnonzero(gone).tolist():
-                last[self._steps[place].group] = place
+            places = np.flatnonzero(gone)
+            last = dict(zip(self._steps.groups[places].tolist(), places.tolist(), strict=True))
             for place in sorted(last.values(), reverse=True):
                 if fixed[place]:
                     continue
-                units = self._steps[place].units
+                units = self._steps.of(place)
                 keep[units] = True  # steps share no unit
                 back = all(measure(keep) <= limit for measure, limit in goals)
                 keep[units], gone[place] = back, not back

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.coupling.units import Coupling, UnitGroup
-from secateur.graphops.planning.normalisers import Normalise, normalisers
+from secateur.graphops.planning.normalisers import normalisers
 from secateur.recipe import Recipe
 
 Mask = npt.NDArray[np.bool_]
@@ -17,31 +17,81 @@ Scores = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Units that leave one group together.
+class Steps:
+    """Sets of units that leave a group together, one such step after another: parallel arrays.
 
     Attributes:
-        key: steps go in ascending order of it.
-        group: index of the group.
-        units: what goes.
-        left: units of the group that stay after this step.
+        groups: index of the group of each step.
+        left: units of that group that stay after it.
+        units: what goes, of all steps end to end.
+        ends: where the units of each step end.
     """
 
-    key: float
-    group: int
+    groups: npt.NDArray[np.int64]
+    left: npt.NDArray[np.int64]
     units: npt.NDArray[np.int32]
-    left: int
+    ends: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return self.groups.size
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """How many units go with each step."""
+        return np.diff(self.ends, prepend=0)
+
+    def of(self, place: int) -> npt.NDArray[np.int32]:
+        """The units of one step."""
+        return self.units[self.ends[place - 1] if place else 0 : self.ends[place]]
+
+    def ordered(self, order: npt.NDArray[np.intp]) -> Steps:
+        """The same steps in another order."""
+        sizes = self.sizes[order]
+        ends = np.cumsum(sizes)
+        moved = np.repeat(self.ends[order] - ends, sizes)  # by how much each step's units move
+        units = self.units[np.arange(moved.size) + moved]
+        return Steps(self.groups[order], self.left[order], units, ends)
 
 
-def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> list[Step]:
+def sequence(coupling: Coupling, scores: Scores, recipe: Recipe) -> Steps:
     """All steps in the order in which they may go."""
     protected = _protected(coupling, scores)
     scales = normalisers(coupling, scores, recipe.normaliser)
-    steps: list[Step] = []
+    none = np.zeros(0, np.int64)
+    keys, groups, left, sizes = [np.zeros(0)], [none], [none], [none]
+    units = [np.zeros(0, np.int32)]
     for index, group in enumerate(coupling.groups):
-        if group.kind in recipe.granularity:
-            steps += _steps(index, group, scores, scales[index], protected, recipe)
-    return sorted(steps, key=lambda step: (step.key, step.group, -step.left))
+        if group.kind not in recipe.granularity:
+            continue
+        candidates = group.units[~protected[group.units]]
+        order = candidates[np.lexsort((candidates, scores[candidates]))]
+        gone = _gone(group.units.size, order.size, rounding(group, recipe))
+        if not gone.size:
+            continue
+        starts = np.r_[0, gone[:-1]]
+        if recipe.scope == "local":
+            key = gone / group.units.size
+        else:
+            means = np.add.reduceat(scores[order[: gone[-1]]], starts) / (gone - starts)
+            key = np.maximum.accumulate(scales[index](means))
+        keys.append(key)
+        groups.append(np.full(gone.size, index))
+        left.append(group.units.size - gone)
+        sizes.append(gone - starts)
+        units.append(order[: gone[-1]])
+    steps = Steps(
+        groups=np.concatenate(groups),
+        left=np.concatenate(left),
+        units=np.concatenate(units),
+        ends=np.cumsum(np.concatenate(sizes)),
+    )
+    return steps.ordered(np.lexsort((-steps.left, steps.groups, np.concatenate(keys))))
+
+
+def _gone(total: int, candidates: int, multiple: int) -> npt.NDArray[np.int64]:
+    """Units of a group gone after each step: kept counts are multiples of the rounding."""
+    first = total % multiple or multiple
+    return np.arange(first, min(total - multiple, candidates) + 1, multiple)
 
 
 def _protected(coupling: Coupling, scores: Scores) -> Mask:
@@ -56,35 +106,6 @@ def _protected(coupling: Coupling, scores: Scores) -> Mask:
             protected[units[place]] = True
             least -= int(times[place])
     return protected
-
-
-def _steps(
-    index: int,
-    group: UnitGroup,
-    scores: Scores,
-    scale: Normalise,
-    protected: Mask,
-    recipe: Recipe,
-) -> list[Step]:
-    """The steps of one group: lowest scores first, kept counts multiples of the rounding."""
-    total = group.units.size
-    multiple = rounding(group, recipe)
-    candidates = group.units[~protected[group.units]]
-    order = candidates[np.lexsort((candidates, scores[candidates]))]
-    most = min(total - multiple, order.size)
-    steps: list[Step] = []
-    gone, key = 0, -math.inf
-    size = total % multiple or multiple
-    while gone + size <= most:
-        units = order[gone : gone + size]
-        gone += size
-        size = multiple
-        if recipe.scope == "local":
-            key = gone / total
-        else:
-            key = max(key, scale(float(scores[units].mean())))
-        steps.append(Step(key, index, units, total - gone))
-    return steps
 
 
 def rounding(group: UnitGroup, recipe: Recipe) -> int:
