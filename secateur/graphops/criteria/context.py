@@ -66,6 +66,9 @@ class Context:
             units = self.coupling.axes(name).get(axis)
             if units is None:
                 continue
+            if self.reduction == "sum":
+                np.add.at(total, units, values)
+                continue
             part = np.bincount(units, weights=values, minlength=total.size)
             if self.reduction == "max":
                 np.maximum(total, part, out=total)

@@ -31,13 +31,20 @@ def l2(context: Context) -> npt.NDArray[np.float64]:
 def _power_sums(context: Context, power: int) -> Iterator[Part]:
     for name, tensor in context.weights():
         array = tensor.numpy().astype(np.float32, copy=False)
+        if power == 1:
+            array = np.abs(array)
         for axis in context.coupling.axes(name):
-            # One row per position of the axis.
-            rows = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
-            if power == 1:
-                sums = np.abs(rows).sum(axis=1, dtype=np.float64)
-            else:
-                sums = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
-            yield name, axis, sums
-        del array, rows
+            yield name, axis, _sums(array, axis, power)
+        del array
         release(tensor)
+
+
+def _sums(array: npt.NDArray[np.float32], axis: int, power: int) -> npt.NDArray[np.float64]:
+    """Sums of a power over all axes but one, read in the order in which they lie in memory."""
+    rows = array.reshape(array.shape[0], -1)
+    factors, along = ",".join(["ij"] * power), "j" if axis else "i"
+    sums: npt.NDArray[np.float64] = np.einsum(f"{factors}->{along}", *[rows] * power).astype(float)
+    if axis:  # what is left of the other axes is small
+        left = np.moveaxis(sums.reshape(array.shape[1:]), axis - 1, 0)
+        sums = left.reshape(array.shape[axis], -1).sum(axis=1)
+    return sums
