@@ -99,10 +99,13 @@ class Coupling:
             known = {}
             for block in self._blocks.get(name, ()):
                 units = self._unit_of[block.labels]
-                if units.any():
+                if not units.any():
+                    continue
+                place = 0
+                if units.ndim > 1:
                     place = _varying_axis(units)
-                    line = np.moveaxis(units, place, 0).reshape(units.shape[place], -1)[:, 0]
-                    known[block.axes[place]] = line
+                    units = np.moveaxis(units, place, 0).reshape(units.shape[place], -1)[:, 0]
+                known[block.axes[place]] = units
             self._cache[name] = known
         return known
 
@@ -235,10 +238,8 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
         return ()
     starts = np.flatnonzero(np.r_[True, component[1:] != component[:-1]])
     ends = np.r_[starts[1:], component.size]
-    # Components with the same (axis, times) pairs: by the sum of one random number per pair.
-    _, pair = np.unique(axis * (int(times.max()) + 1) + times, return_inverse=True)
-    mixed = np.random.default_rng(0).integers(0, 2**63, int(pair.max()) + 1, np.uint64)
-    signature = np.add.reduceat(mixed[pair], starts)
+    # Components with the same (axis, times) pairs: by the sum of one mixed number per pair.
+    signature = np.add.reduceat(_mixed(axis * (int(times.max()) + 1) + times), starts)
     _, first, group = np.unique(signature, return_index=True, return_inverse=True)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
     heads = _flags(flow.heads, unit_of, number)
@@ -268,6 +269,15 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
             )
         )
     return _unique_ids(groups)
+
+
+def _mixed(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Other numbers for other numbers, as good as random (SplitMix64; Steele, Lea, Flood: Fast
+    Splittable Pseudorandom Number Generators, 2014)."""
+    mixed = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed
 
 
 def _unique_ids(groups: list[UnitGroup]) -> tuple[UnitGroup, ...]:

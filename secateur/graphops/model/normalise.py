@@ -10,9 +10,9 @@ stay one tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 
@@ -63,7 +63,7 @@ def _is_vector(value: ir.Value) -> bool:
     if value.const_value is None or value.is_graph_output():
         return False
     shape = value.const_value.shape.numpy()
-    one_axis = int(np.prod(shape, dtype=np.int64)) == max(shape, default=1) > 1
+    one_axis = math.prod(shape) == max(shape, default=1) > 1
     return one_axis and value.const_value.dtype not in (ir.DataType.INT64, ir.DataType.STRING)
 
 

@@ -407,13 +407,12 @@ def decide(
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:
             curves = _measure(analysed, observed, scores, recipe, clock)
-        given: dict[str, planner.Measure] = {
-            "macs": (cost.macs(coupling).of, float(analysed.macs)),
-            "size": (
-                functools.partial(_written, analysed, recipe, samples),
-                float(analysed.opened.size),
-            ),
-        }
+        given: dict[str, planner.Measure] = {}
+        if "macs" in recipe.target:
+            given["macs"] = cost.macs(coupling).of, float(analysed.macs)
+        if "size" in recipe.target:
+            written = functools.partial(_written, analysed, recipe, samples)
+            given["size"] = written, float(analysed.opened.size)
         keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
     return _Decision(keep, observed, curves)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.opening import node_label, release
-from secateur.graphops.model.shapes import constant_tensor
+from secateur.graphops.model.shapes import bodies, constant_tensor, walk
 from secateur.graphops.rules.registry import Rewrite
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
@@ -40,12 +40,14 @@ def cut(
     """
     result = model.clone()
     surgeon = Surgeon(result, coupling, keep)
-    for node in list(result.graph.all_nodes()):
+    nodes = list(walk(result.graph))
+    for node in nodes:
         rule = rules.find(node.domain, node.op_type, surgeon.opset(node))
         if rule is not None and rule.rewrite is not None:
             _rewrite(rule.rewrite, surgeon, node)
-    kept = _slice_constants(result.graph, surgeon)
-    _resize_values(result.graph, surgeon)
+    owners = [result.graph, *(body for node in nodes for body in bodies(node).values())]
+    kept = _slice_constants(owners, nodes, surgeon)
+    _resize_values(owners, nodes, surgeon)
     _merge_copies(result.graph, kept, copies)
     drop_unread(result.graph, unread(model.graph))
     entries = tuple(
@@ -68,15 +70,17 @@ def _rewrite(rewrite: Rewrite, surgeon: Surgeon, node: ir.Node) -> None:
         ) from error
 
 
-def _slice_constants(graph: ir.Graph, surgeon: Surgeon) -> Kept:
+def _slice_constants(
+    owners: Sequence[ir.Graph], nodes: Sequence[ir.Node], surgeon: Surgeon
+) -> Kept:
     kept: Kept = {}
-    for owner in (graph, *graph.subgraphs()):
+    for owner in owners:
         for name, value in owner.initializers.items():
             tensor, axes = _sliced(surgeon, value, value.const_value)
             if tensor is not None:
                 value.const_value = tensor
             kept[str(name)] = axes
-    for node in graph.all_nodes():
+    for node in nodes:
         if node.op_type == "Constant" and node.domain == "":
             output = node.outputs[0]
             tensor, axes = _sliced(surgeon, output, constant_tensor(node))
@@ -91,10 +95,10 @@ def _sliced(
     surgeon: Surgeon, value: ir.Value, tensor: ir.TensorProtocol | None
 ) -> tuple[ir.TensorProtocol | None, dict[int, tuple[int, ...]]]:
     """The constant without the positions that go; None when it is not changed."""
-    masks = {axis: surgeon.kept(value, axis) for axis in surgeon.changed_sizes(value)}
+    masks = surgeon.masks(value)
     if tensor is None or not masks:
         return None, {}
-    axes = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items()) if mask is not None}
+    axes = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items())}
     sliced: ir.TensorProtocol
     if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _LARGE:
         # Sliced when it is written: no two copies of all weights, and weights in files may be
@@ -116,10 +120,10 @@ def _take(tensor: ir.TensorProtocol, axes: Mapping[int, npt.NDArray[np.intp]]) -
     return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
 
 
-def _resize_values(graph: ir.Graph, surgeon: Surgeon) -> None:
+def _resize_values(owners: Sequence[ir.Graph], nodes: Sequence[ir.Node], surgeon: Surgeon) -> None:
     """Brings the recorded shapes along: ONNX Runtime warns where they disagree."""
-    values = [output for node in graph.all_nodes() for output in node.outputs]
-    for owner in (graph, *graph.subgraphs()):
+    values = [output for node in nodes for output in node.outputs]
+    for owner in owners:
         values += [*owner.inputs, *owner.initializers.values()]
     for value in values:
         sizes = surgeon.changed_sizes(value)

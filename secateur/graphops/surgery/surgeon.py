@@ -34,6 +34,7 @@ class Surgeon:
         self._opsets = dict(model.opset_imports)
         self._coupling = coupling
         self._keep = keep
+        self._masks: dict[str, dict[int, Mask]] = {}  # of what has been asked for
         self._unmeasured: set[ir.Value] = set()
         self._names: set[str | None] = set()  # of all values; collected when first asked for
 
@@ -41,26 +42,24 @@ class Surgeon:
 
     def kept(self, value: ir.Value | None, axis: int) -> Mask | None:
         """Which positions of an axis stay; None when all do."""
-        if value is None:
-            return None
-        units = self._coupling.axes(value.name or "").get(axis)
-        if units is None:
-            return None
-        mask = self._keep[units]
-        return None if mask.all() else mask
+        return self.masks(value).get(axis)
+
+    def masks(self, value: ir.Value | None) -> Mapping[int, Mask]:
+        """axis → which positions stay, for the axes that lose some."""
+        name = "" if value is None else value.name or ""
+        known = self._masks.get(name)
+        if known is None:
+            found = ((axis, self._keep[units]) for axis, units in self._coupling.axes(name).items())
+            known = self._masks[name] = {axis: mask for axis, mask in found if not mask.all()}
+        return known
 
     def changed_sizes(self, value: ir.Value | None) -> dict[int, int]:
         """axis → new size, for the axes that lose positions."""
-        sizes = {}
-        for axis in self._coupling.axes(value.name or "") if value is not None else ():
-            mask = self.kept(value, axis)
-            if mask is not None:
-                sizes[axis] = int(mask.sum())
-        return sizes
+        return {axis: int(np.count_nonzero(mask)) for axis, mask in self.masks(value).items()}
 
     def changed(self, value: ir.Value | None) -> bool:
         """Whether any axis of a tensor loses positions."""
-        return bool(self.changed_sizes(value))
+        return bool(self.masks(value))
 
     def size(self, value: ir.Value | None, axis: int) -> int:
         """The size of an axis after the cut, under the first binding of symbolic sizes."""
