@@ -23,6 +23,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secateur import _trace, _wire
+from secateur._chunks import joined, parted
 from secateur._inputs import Source, model_source, samples_sources
 from secateur.errors import ServerError
 from secateur.operation import Operation
@@ -56,8 +57,8 @@ class Transport(Protocol):
     def stream(self, method: str, request: Any, timeout: float | None) -> AsyncIterator[Any]:
         """One message there, many back. Closing the iterator cancels the call."""
 
-    async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
-        """ByteStream.Write: many messages there, one back."""
+    async def write(self, requests: Iterator[bytes], timeout: float | None) -> Any:
+        """ByteStream.Write: many messages, serialised, there, one back."""
 
     async def blocking(self, function: Callable[..., _T], *args: Any) -> _T:
         """Runs what would block an event loop."""
@@ -73,15 +74,25 @@ def methods(channel: Any) -> dict[str, Any]:
         "GetOperation ListOperations WaitOperation CancelOperation DeleteOperation": (
             operations_pb2_grpc.OperationsStub
         ),
-        "Read Write QueryWriteStatus": bytestream_pb2_grpc.ByteStreamStub,
+        "QueryWriteStatus": bytestream_pb2_grpc.ByteStreamStub,
         "Check": health_pb2_grpc.HealthStub,
     }
-    return {
+    found = {
         name: getattr(stub, name)
         for names, make in stubs.items()
         for stub in (make(channel),)
         for name in names.split()
     }
+    found["Write"] = channel.stream_unary(  # takes messages that are serialised
+        "/google.bytestream.ByteStream/Write",
+        response_deserializer=bytestream_pb2.WriteResponse.FromString,
+    )
+    found["Read"] = channel.unary_stream(  # gives content, as views
+        "/google.bytestream.ByteStream/Read",
+        request_serializer=bytestream_pb2.ReadRequest.SerializeToString,
+        response_deserializer=lambda content: parted(bytestream_pb2.ReadResponse, content)[1],
+    )
+    return found
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
@@ -397,9 +408,8 @@ class Calls:
             chunks = self._transport.stream("Read", request, budget.left())
             async with contextlib.aclosing(chunks):  # type: ignore[type-var]
                 async for chunk in chunks:
-                    data = chunk.data  # protobuf makes a copy each time that it is asked
-                    digest.update(data)
-                    target.write(data)
+                    digest.update(chunk)
+                    target.write(chunk)
 
         await self._resumed(go_on)
         if digest.hexdigest() != blob.sha256:
@@ -438,14 +448,17 @@ def _name(operation: Operation | str) -> str:
     return operation if isinstance(operation, str) else operation.name
 
 
-def _write_requests(source: Source, name: str, offset: int) -> Iterator[Any]:
+def _write_requests(source: Source, name: str, offset: int) -> Iterator[bytes]:
+    def request(chunk: bytes) -> bytes:
+        message = bytestream_pb2.WriteRequest(
+            resource_name=name,
+            write_offset=offset,
+            finish_write=offset + len(chunk) == source.size,
+        )
+        return joined(message, chunk)
+
     if offset == source.size:  # all has arrived, but the end was not said
-        yield bytestream_pb2.WriteRequest(
-            resource_name=name, write_offset=offset, finish_write=True
-        )
+        yield request(b"")
     for chunk in source.chunks(offset, _wire.CHUNK):
-        end = offset + len(chunk)
-        yield bytestream_pb2.WriteRequest(
-            resource_name=name, write_offset=offset, data=chunk, finish_write=end == source.size
-        )
-        offset = end
+        yield request(chunk)
+        offset += len(chunk)

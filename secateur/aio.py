@@ -176,8 +176,8 @@ class _Transport:
         finally:
             call.cancel()
 
-    async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
-        async def read_aside() -> AsyncIterator[Any]:
+    async def write(self, requests: Iterator[bytes], timeout: float | None) -> Any:
+        async def read_aside() -> AsyncIterator[bytes]:
             while (request := await asyncio.to_thread(next, requests, None)) is not None:
                 yield request
 

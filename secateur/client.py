@@ -233,7 +233,7 @@ class _Transport:
         finally:
             call.cancel()
 
-    async def write(self, requests: Iterator[Any], timeout: float | None) -> Any:
+    async def write(self, requests: Iterator[bytes], timeout: float | None) -> Any:
         return self._wait(
             self._methods["Write"].future(requests, timeout=timeout, metadata=self._headers())
         )

@@ -105,7 +105,9 @@ class Upload:
             self._writer += 1
             return self._writer, self._aside.open("ab")
 
-    def append(self, writer: int, file: IO[bytes], parts: list[tuple[int, bytes]]) -> None:
+    def append(
+        self, writer: int, file: IO[bytes], parts: list[tuple[int, bytes | memoryview]]
+    ) -> None:
         """Adds parts, (offset, content) each, which must start where the upload ends.
 
         Raises:
@@ -117,7 +119,7 @@ class Upload:
             with self._lock:
                 self._append(writer, file, offset, data)
 
-    def _append(self, writer: int, file: IO[bytes], offset: int, data: bytes) -> None:
+    def _append(self, writer: int, file: IO[bytes], offset: int, data: bytes | memoryview) -> None:
         if writer != self._writer or offset != self.committed:
             text = f"write at offset {offset}, but the upload stands at {self.committed}"
             raise CallError(grpc.StatusCode.ABORTED, "WRONG_OFFSET", text)

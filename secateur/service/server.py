@@ -35,7 +35,7 @@ from secateur.service.pool import WorkerPool
 from secateur.service.remote import RemoteBlobs
 from secateur.service.runner import Runner
 from secateur.service.servicer import Pruning
-from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc, pruning_pb2, pruning_pb2_grpc
+from secateur.v1 import bytestream_pb2, pruning_pb2, pruning_pb2_grpc
 
 log = logging.getLogger("secateur.service")
 
@@ -181,7 +181,7 @@ def _build(
     )
     pruning_pb2_grpc.add_PruningServicer_to_server(pruning, server)
     operations_pb2_grpc.add_OperationsServicer_to_server(Operations(runner), server)
-    bytestream_pb2_grpc.add_ByteStreamServicer_to_server(ByteStream(store), server)
+    ByteStream(store).add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)

@@ -209,9 +209,9 @@ def test_client_resumes_an_upload_by_itself(
         def code(self) -> grpc.StatusCode:
             return grpc.StatusCode.UNAVAILABLE
 
-    async def breaking(messages: Iterator[Any], timeout: float | None) -> Any:
+    async def breaking(messages: Iterator[bytes], timeout: float | None) -> Any:
         first = next(messages)
-        offsets.append(first.write_offset)
+        offsets.append(bytestream_pb2.WriteRequest.FromString(first).write_offset)
         if len(offsets) == TRANSFER_ATTEMPTS:
             return await write(iter([first, *messages]), timeout)
         await write(iter([first]), timeout)

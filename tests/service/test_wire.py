@@ -10,9 +10,13 @@ import grpc
 import pydantic
 import pytest
 from google.longrunning import operations_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from secateur import _wire, errors, operation, report
+from secateur._chunks import joined, parted
 from secateur.errors import Code, Refusal
 from secateur.recipe import (
     Criterion,
@@ -25,7 +29,7 @@ from secateur.recipe import (
     Scope,
     WeightCriterion,
 )
-from secateur.v1 import pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
+from secateur.v1 import bytestream_pb2, pruning_pb2, recipe_pb2, refusal_pb2, report_pb2
 
 COST = report.Cost(macs=2**40, params=7, bytes=9)
 FULL_COST = report.Cost(
@@ -361,3 +365,45 @@ def test_refusal_of_a_newer_server_is_shown_as_text() -> None:
     error = _wire.error_of(FailedCall(status), "target")
     assert isinstance(error, errors.ServerError)
     assert "what it says" in str(error)
+
+
+# ---- messages with content ---------------------------------------------------------------------
+
+WRITES = st.builds(
+    bytestream_pb2.WriteRequest,
+    resource_name=st.text(max_size=9),
+    write_offset=st.integers(-(2**63), 2**63 - 1),
+    finish_write=st.booleans(),
+    data=st.binary(max_size=300),
+)
+
+
+@given(WRITES)
+def test_content_is_joined_and_parted_as_protobuf_does(message: Any) -> None:
+    bare = bytestream_pb2.WriteRequest()
+    bare.CopyFrom(message)
+    bare.ClearField("data")
+    content = joined(bare, message.data)
+    assert bytestream_pb2.WriteRequest.FromString(content) == message
+    for serialised in (content, message.SerializeToString()):
+        assert parted(bytestream_pb2.WriteRequest, serialised) == (bare, message.data)
+
+
+@given(WRITES, st.data())
+def test_any_bytes_are_parted_as_protobuf_does(message: Any, data: st.DataObject) -> None:
+    content = bytearray(message.SerializeToString() + data.draw(st.binary(max_size=20)))
+    for _ in range(data.draw(st.integers(0, 3))):
+        if content:
+            content[data.draw(st.integers(0, min(len(content), 40) - 1))] = data.draw(
+                st.integers(0, 255)
+            )
+    try:
+        expected = bytestream_pb2.WriteRequest.FromString(bytes(content))
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            parted(bytestream_pb2.WriteRequest, bytes(content))
+        return
+    bare, found = parted(bytestream_pb2.WriteRequest, bytes(content))
+    assert found == expected.data
+    expected.ClearField("data")
+    assert bare == expected
