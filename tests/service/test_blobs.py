@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pathlib
 import random
 import signal
+import sys
 import time
 import urllib.request
 import uuid
@@ -266,7 +268,7 @@ class Stored:
         self.store = BlobStore(
             self.folder,
             self.repository,
-            max_bytes=1 << 30,
+            max_bytes=1 << 50,
             quota=self.quota,
             ttl_s=self.ttl_s,
             durable=True,
@@ -342,6 +344,21 @@ def test_a_new_writer_ends_the_one_before(tmp_path: pathlib.Path) -> None:
         upload.append(second, other, [(4, content[4:6]), (6, content[6:])])
     upload.finish()
     assert store.get("", upload.blob).read_bytes() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="room is found as it is written")
+def test_the_room_of_an_upload_is_found_at_its_start(tmp_path: pathlib.Path) -> None:
+    made = Stored(tmp_path, quota=1 << 50)
+    upload = made.store.upload("", name_of(CONTENT), create=True)
+    assert isinstance(upload, Upload)
+    with upload.open()[1] as file:
+        found = os.fstat(file.fileno())
+        assert found.st_size == 0
+        assert found.st_blocks * 512 >= len(CONTENT)
+    large = made.store.upload("", name_of(b"", size=1 << 45), create=True)
+    assert isinstance(large, Upload)
+    assert reason(large.open) == "STORAGE"
+    assert len(list((made.folder / "uploads").iterdir())) == 1
 
 
 def test_clients_have_their_own_blobs_and_share_content(tmp_path: pathlib.Path) -> None:
