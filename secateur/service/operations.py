@@ -1,8 +1,8 @@
 """What the server remembers: operations, the blobs they need, and results that may be asked again.
 
 One SQLite file in WAL mode; every method is one transaction, synced before it returns, so that a
-server killed at any moment finds all of it or nothing. Whoever adds another back end keeps these
-methods and passes tests/service/test_operations.py.
+server killed at any moment finds all of it or nothing. Whoever adds another back end keeps
+these methods and passes tests/service/test_operations.py.
 
     operations   what was asked and what came of it; `number` is the order of arrival
     blobs        which client has which content; the content itself is the BlobStore's
@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,10 @@ CREATE TABLE IF NOT EXISTS operations (
     created    REAL NOT NULL,              -- seconds since 1970, as the next three
     started    REAL,
     ended      REAL,
-    expires    REAL
+    expires    REAL,
+    owner      TEXT,                       -- the server that runs it; NULL: none does
+    beats      INTEGER NOT NULL DEFAULT 0, -- signs of life that it gave over it
+    progress   BLOB                        -- secateur.v1.Progress by then
 );
 CREATE UNIQUE INDEX IF NOT EXISTS operations_request ON operations (client, request_id);
 CREATE INDEX IF NOT EXISTS operations_state ON operations (state, number);
@@ -80,7 +83,14 @@ CREATE TABLE IF NOT EXISTS result_blobs (
 CREATE INDEX IF NOT EXISTS result_blobs_blob ON result_blobs (client, sha256);
 """
 
-_VERSION = 1  # of the schema; the file of a newer one is refused
+VERSION = 2  # of the schema; the file of a newer one is refused
+_MIGRATIONS = {  # from the version that is the key to the next
+    1: """
+ALTER TABLE operations ADD COLUMN owner TEXT;
+ALTER TABLE operations ADD COLUMN beats INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE operations ADD COLUMN progress BLOB;
+""",
+}
 _USED_STEP_S = 60.0  # how far behind the record of a blob's last use may lag
 _RECENT = 32  # finished operations over which the usual time is taken
 
@@ -103,6 +113,9 @@ class Record:
     started: float | None
     ended: float | None
     expires: float | None
+    owner: str | None
+    beats: int
+    progress: bytes | None
 
 
 class Clock:
@@ -128,26 +141,40 @@ class Repository:
         durable: whether what a method did survives a loss of power; else only a killed process.
         ttl_s: seconds for which a finished operation can be asked for.
 
+    Attributes:
+        lease_s: seconds without a sign of life of a server after which others run what it ran;
+            None: there are no others.
+
     Raises:
         sqlite3.DatabaseError: the file is not ours, or damaged.
     """
 
-    def __init__(self, path: pathlib.Path, *, durable: bool, ttl_s: float) -> None:
+    lease_s: float | None = None
+
+    def __init__(self, path: pathlib.Path | str, *, durable: bool, ttl_s: float) -> None:
         self._lock = threading.Lock()
         self._ttl_s = ttl_s
+        self._owner = uuid.uuid4().hex  # this server, until it ends
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        self._connection.execute("PRAGMA foreign_keys = ON")
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes tables of this version of what is in the file. Raises sqlite3.DatabaseError."""
+        run = self._connection.executescript
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            text = f"schema {version} of {path.name} is newer than this program's {_VERSION}"
+        if version > VERSION:
+            text = f"schema {version} of the state is newer than this program's {VERSION}"
             raise sqlite3.DatabaseError(text)
-        self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
-        self._clock = Clock(
-            self._one("SELECT max(max(created), coalesce(max(ended), 0)) FROM operations") or 0
-        )
+        for old in range(version or VERSION, VERSION):
+            run(f"BEGIN; {_MIGRATIONS[old]} PRAGMA user_version = {old + 1}; COMMIT;")
+        run(f"PRAGMA foreign_keys = ON; {_SCHEMA} PRAGMA user_version = {VERSION};")
+        (latest,) = self._connection.execute(
+            "SELECT max(max(created), coalesce(max(ended), 0)) FROM operations"
+        ).fetchone()
+        self._clock = Clock(latest or 0)
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -239,14 +266,15 @@ class Repository:
         """The operation that has waited longest, running from now on; None when none waits."""
         with self._transaction() as sql:
             row = sql(
-                "UPDATE operations SET state = ?, started = ?, attempts = attempts + 1"
+                "UPDATE operations SET state = ?, started = ?, attempts = attempts + 1,"
+                " owner = ?, beats = 0, progress = NULL"
                 " WHERE number = (SELECT min(number) FROM operations WHERE state = ?) RETURNING *",
-                *(State.RUNNING, self.now(), State.QUEUED),
+                *(State.RUNNING, self.now(), self._owner, State.QUEUED),
             ).fetchone()
             return None if row is None else _record(row)
 
     def release(self, name: str, counted: bool) -> None:
-        """Puts a running operation back in its place in the queue.
+        """Puts an operation that this server runs back in its place in the queue.
 
         Args:
             name: its id.
@@ -254,9 +282,9 @@ class Repository:
         """
         with self._transaction() as sql:
             sql(
-                "UPDATE operations SET state = ?, started = NULL, attempts = attempts - ?"
-                " WHERE id = ? AND state = ?",
-                *(State.QUEUED, 0 if counted else 1, name, State.RUNNING),
+                "UPDATE operations SET state = ?, started = NULL, owner = NULL,"
+                " attempts = attempts - ? WHERE id = ? AND state = ? AND owner = ?",
+                *(State.QUEUED, 0 if counted else 1, name, State.RUNNING, self._owner),
             )
 
     def finish(
@@ -270,6 +298,8 @@ class Repository:
     ) -> bool:
         """Ends an operation that has not ended, for good; whether this call did.
 
+        Anybody may cancel one; what came of it is told by no other than who runs it.
+
         Args:
             name: its id.
             state: one that is done.
@@ -281,9 +311,11 @@ class Repository:
             now = self.now()
             row = sql(
                 "UPDATE operations SET state = ?, response = ?, error = ?, ended = ?, expires = ?"
-                " WHERE id = ? AND state IN (?, ?) RETURNING client",
+                " WHERE id = ? AND state IN (?, ?) AND (? OR coalesce(owner, ?) = ?)"
+                " RETURNING client",
                 *(state, response, error, now, now + self._ttl_s),
                 *(name, State.QUEUED, State.RUNNING),
+                *(state is State.CANCELLED, self._owner, self._owner),
             ).fetchone()
             if row is None:
                 return False
@@ -309,7 +341,7 @@ class Repository:
             sql("DELETE FROM operations WHERE id = ?", name)
 
     def recover(self, max_attempts: int, error: bytes) -> None:
-        """After a server that was killed: what ran waits again, or fails when it ran too often.
+        """What a server ran that is no more waits again, or fails when it ran too often.
 
         Args:
             max_attempts: how often an operation may run.
@@ -317,19 +349,50 @@ class Repository:
         """
         with self._transaction() as sql:
             now = self.now()
-            sql(
-                "UPDATE operations SET state = ?, error = ?, ended = ?, expires = ?"
-                " WHERE state = ? AND attempts >= ?",
-                *(State.FAILED, error, now, now + self._ttl_s, State.RUNNING, max_attempts),
-            )
-            sql(
-                "UPDATE operations SET state = ?, started = NULL WHERE state = ?",
-                *(State.QUEUED, State.RUNNING),
-            )
+            for name in self._abandoned(sql):
+                sql(
+                    "UPDATE operations SET state = ?, error = ?, ended = ?, expires = ?"
+                    " WHERE id = ? AND attempts >= ?",
+                    *(State.FAILED, error, now, now + self._ttl_s, name, max_attempts),
+                )
+                sql(
+                    "UPDATE operations SET state = ?, started = NULL, owner = NULL"
+                    " WHERE id = ? AND state = ?",
+                    *(State.QUEUED, name, State.RUNNING),
+                )
             sql(
                 "DELETE FROM needs WHERE operation IN (SELECT id FROM operations WHERE state = ?)",
                 State.FAILED,
             )
+
+    def _abandoned(self, sql: Any) -> list[str]:
+        """Operations that a server ran which is no more: any other, since no two have one file."""
+        rows = sql(
+            "SELECT id FROM operations WHERE state = ? AND owner IS NOT ?",
+            *(State.RUNNING, self._owner),
+        )
+        return [row["id"] for row in rows]
+
+    def beat(self, progress: Mapping[str, bytes]) -> None:
+        """Tells that this server lives, and how far what it runs is, as far as that is known."""
+        with self._transaction() as sql:
+            sql(
+                "UPDATE operations SET beats = beats + 1 WHERE state = ? AND owner = ?",
+                *(State.RUNNING, self._owner),
+            )
+            for name, step in progress.items():
+                sql(
+                    "UPDATE operations SET progress = ? WHERE id = ? AND owner = ?",
+                    *(step, name, self._owner),
+                )
+
+    def unfinished(self) -> dict[str, bool]:
+        """Operations that wait or run, of all clients, and whether it is this server that runs."""
+        rows = self._rows(
+            "SELECT id, owner IS ? AS own FROM operations WHERE state IN (?, ?)",
+            *(self._owner, State.QUEUED, State.RUNNING),
+        )
+        return {row["id"]: bool(row["own"]) for row in rows}
 
     def expire(self) -> list[str]:
         """Forgets operations whose time has come; gives their ids."""
@@ -462,7 +525,7 @@ class Repository:
             connection = self._connection
             try:
                 connection.execute("BEGIN IMMEDIATE")
-                yield lambda text, *values: connection.execute(text, values)
+                yield self._run
                 connection.execute("COMMIT")
             except BaseException as error:
                 if connection.in_transaction:
@@ -471,6 +534,10 @@ class Repository:
                     text = "the server's disk is full"
                     raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE", text) from error
                 raise
+
+    def _run(self, text: str, *values: Any) -> sqlite3.Cursor:
+        """What the function that `_transaction` gives does."""
+        return self._connection.execute(text, values)
 
     def _rows(self, text: str, *values: Any) -> list[sqlite3.Row]:
         with self._lock:

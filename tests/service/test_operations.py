@@ -99,6 +99,24 @@ def test_they_run_in_the_order_of_arrival_whatever_the_clock_says(
     assert [record and record.id for record in claimed] == [*names, None]
 
 
+def test_who_runs_it_is_known_and_alone_tells_what_came_of_it(opened: Open) -> None:
+    repository = opened()
+    first, second = add(repository).id, add(repository).id
+    repository.claim()
+    assert repository.unfinished() == {first: True, second: False}
+    repository.beat({first: b"half", second: b"not running"})
+    told = [repository.get("", name) for name in (first, second)]
+    assert [(record.beats, record.progress) for record in told] == [(1, b"half"), (0, None)]
+    repository = opened()  # what the one before ran is not this one's to tell about
+    assert repository.unfinished() == {first: False, second: False}
+    repository.beat({first: b"more"})
+    repository.release(first, True)
+    assert not repository.finish(first, State.FAILED)
+    assert repository.get("", first) == told[0]
+    assert repository.finish(first, State.CANCELLED)
+    assert repository.unfinished() == {second: False}
+
+
 def test_a_released_one_keeps_its_place(repository: Repository) -> None:
     first, _ = add(repository), add(repository)
     assert repository.claim()
@@ -320,6 +338,22 @@ def test_a_newer_schema_is_refused(tmp_path: pathlib.Path) -> None:
     connection.close()
     with pytest.raises(sqlite3.DatabaseError, match="newer"):
         sqlite(tmp_path)
+
+
+def test_a_file_of_the_schema_before_is_taken_over(tmp_path: pathlib.Path) -> None:
+    repository = sqlite(tmp_path)
+    ran, waits = add(repository).id, add(repository).id
+    repository.claim()
+    for column in ("owner", "beats", "progress"):
+        repository._connection.execute(f"ALTER TABLE operations DROP COLUMN {column}")
+    repository._connection.execute("PRAGMA user_version = 1")
+    repository.close()
+    repository = sqlite(tmp_path)
+    assert repository.unfinished() == {ran: False, waits: False}
+    repository.recover(max_attempts=9, error=b"")
+    again = repository.claim()
+    assert again is not None and (again.id, again.attempts) == (ran, 2)
+    repository.close()
 
 
 def test_power_loss_keeps_what_was_answered(tmp_path: pathlib.Path) -> None:
