@@ -31,30 +31,32 @@ def tag(client: str) -> str:
     return hashlib.sha256(client.encode()).hexdigest()[:16]
 
 
-class RemoteBlobs:
-    """The blobs under one URL.
-
-    Args:
-        url: `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`.
+def open_store(url: str) -> Any:
+    """The store of obstore behind `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`.
 
     Raises:
         ValueError: the URL is not understood, or obstore is not installed.
     """
+    try:
+        import obstore.store
+    except ImportError:
+        raise ValueError("an object store needs obstore: pip install secateur[store]") from None
+    # the providers' own programs allow plain HTTP where their endpoint variable says so
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
+    if url.startswith("file:"):
+        options = {"mkdir": True}
+    try:
+        return obstore.store.from_url(url, **options)
+    except Exception as error:  # each provider has errors of its own
+        raise ValueError(f"the object store {url} cannot be used: {error}") from None
+
+
+class RemoteBlobs:
+    """The blobs under one URL, for which see `open_store`, and what that raises."""
 
     def __init__(self, url: str) -> None:
-        try:
-            import obstore.store
-        except ImportError:
-            raise ValueError("an object store needs obstore: pip install secateur[store]") from None
-        # the providers' own programs allow plain HTTP where their endpoint variable says so
-        plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-        options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
-        if url.startswith("file:"):
-            options = {"mkdir": True}
-        try:
-            self._store = obstore.store.from_url(url, **options)
-        except Exception as error:  # each provider has errors of its own
-            raise ValueError(f"the object store {url} cannot be used: {error}") from None
+        self._store = open_store(url)
 
     def size(self, client: str, sha256: str) -> int | None:
         """Bytes of a client's blob; None when it is not there. Raises CallError, as all here."""
@@ -66,7 +68,7 @@ class RemoteBlobs:
             except FileNotFoundError:
                 return None
 
-        return _reached(head)
+        return reached(head)
 
     def put(self, client: str, sha256: str, path: pathlib.Path) -> None:
         """Stores a file. What is there already has the same content and stays."""
@@ -75,7 +77,7 @@ class RemoteBlobs:
         if self.size(client, sha256) == path.stat().st_size:
             return
         # in parts: memory does not grow with the file, and it appears when all parts are there
-        _reached(
+        reached(
             lambda: obstore.put(
                 self._store, _name(client, sha256), path, use_multipart=True, chunk_size=_BUFFER
             )
@@ -91,14 +93,15 @@ class RemoteBlobs:
                 for chunk in stream:
                     file.write(chunk)
 
-        _reached(get)
+        reached(get)
 
 
 def _name(client: str, sha256: str) -> str:
     return f"blobs/{tag(client)}/{sha256}"
 
 
-def _reached(call: Callable[[], _T]) -> _T:
+def reached(call: Callable[[], _T]) -> _T:
+    """What a call of obstore gives. Raises CallError UNAVAILABLE when it fails."""
     import obstore.exceptions
 
     try:

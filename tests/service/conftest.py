@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,6 +166,31 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("models") / "wide.onnx"
     path.write_bytes(perceptron(512, 3000, 256))
     return path
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a bucket on a server on this machine that speaks S3."""
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_REGION", "us-east-1"),
+        ("NO_PROXY", "127.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{endpoint}/bucket", method="PUT"), timeout=10
+    ):
+        pass
+    yield f"s3://bucket/{uuid.uuid4()}"  # moto remembers what was before
+    server.stop()
 
 
 def perceptron(inputs: int, hidden: int, outputs: int, **changes: Any) -> bytes:

@@ -9,7 +9,6 @@ import random
 import signal
 import sys
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -419,31 +418,6 @@ def test_a_folder_as_object_store_keeps_what_the_server_lost(tmp_path: pathlib.P
     third = Stored(tmp_path / "three", remote=url)
     assert reason(lambda: third.store.get("a", blob)) == "BLOB_NOT_FOUND"
     assert third.files() == set()
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a bucket on a server on this machine that speaks S3."""
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    endpoint = f"http://127.0.0.1:{port}"
-    for name, value in (
-        ("AWS_ENDPOINT_URL", endpoint),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-        ("AWS_REGION", "us-east-1"),
-        ("NO_PROXY", "127.0.0.1"),
-    ):
-        monkeypatch.setenv(name, value)
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{endpoint}/bucket", method="PUT"), timeout=10
-    ):
-        pass
-    yield "s3://bucket/prefix"
-    server.stop()
 
 
 def test_blobs_in_s3(bucket: str, tmp_path: pathlib.Path) -> None:
