@@ -209,10 +209,7 @@ class BlobStore:
         shutil.rmtree(self._jobs, ignore_errors=True)  # of a server that was killed
         for part in (self._blobs, self._asides, self._jobs):
             part.mkdir(parents=True, exist_ok=True)
-        known = repository.blobs()
-        for path in self._blobs.glob("*/*"):
-            if path.name not in known:  # killed between the file and its row
-                path.unlink()
+        self._remove_strays()
 
     def now(self) -> float:
         """The time by which uploads age."""
@@ -351,6 +348,7 @@ class BlobStore:
     def sweep(self) -> None:
         """Removes blobs and uploads that nobody used for a while, and no operation needs."""
         self._evict(unused_s=self._ttl_s)
+        self._remove_strays()
         now = self.now()
         with self._lock:
             idle = [u for u in self._uploads.values() if u.touched < now - self._ttl_s]
@@ -373,8 +371,9 @@ class BlobStore:
         """A blob's file from the object store; None when it is not there either."""
         if self._remote is None or self._remote.size(client, blob.sha256) != blob.size:
             return None
+        known = self._repository.use_blob(client, blob.sha256)  # then its room is counted
         with self._lock:
-            self._make_room(blob.size)
+            self._make_room(0 if known == blob.size else blob.size)
         aside = self._asides / f"{tag(client)}-{uuid.uuid4()}-fetched"
         try:
             self._remote.fetch(client, blob.sha256, aside)
@@ -392,7 +391,7 @@ class BlobStore:
         target = self._path(blob.sha256)
         path.chmod(0o444)
         if self.durable:
-            _sync(path)
+            sync(path)
         with self._naming:
             target.parent.mkdir(exist_ok=True)
             # a second name until the row is there: an upload that is killed here can go on
@@ -403,8 +402,8 @@ class BlobStore:
             except OSError:  # a file system without hard links
                 path.replace(target)
             if self.durable:
-                _sync(target.parent)
-                _sync(self._blobs)
+                sync(target.parent)
+                sync(self._blobs)
             self._repository.add_blob(client, blob.sha256, blob.size)
         path.unlink(missing_ok=True)
 
@@ -419,6 +418,15 @@ class BlobStore:
             text = f"the server's {self._quota} bytes for blobs are in use by {excess} too many"
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             raise CallError(code, "DISK_QUOTA", text, retry_s=_ROOM_RETRY_S)
+
+    def _remove_strays(self) -> None:
+        """Removes files without a row: of a server that was killed in between, or evicted by one
+        that shares the repository."""
+        with self._naming:
+            known = self._repository.blobs()
+            for path in self._blobs.glob("*/*"):
+                if path.name not in known:
+                    path.unlink()
 
     def _evict(self, *, unused_s: float = 0.0, at_least: int | None = None) -> None:
         with self._naming:
@@ -451,7 +459,7 @@ def _reserve(file: IO[bytes], size: int) -> None:
     libc.fallocate(file.fileno(), _KEEP_SIZE, 0, size)
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -140,6 +140,17 @@ class ServerConfig(BaseModel):
         description="URL of an object store where blobs lie too: s3://BUCKET/PREFIX, gs://…, "
         "az://… or file:///FOLDER.",
     )
+    share_operations: bool = Field(
+        False,
+        description="Keep operations in the object store, with all servers that are told so: any "
+        "of them answers for any operation, and goes on with those of one that died.",
+    )
+    lease_s: float = Field(
+        15.0,
+        gt=0,
+        description="Time without a sign of life of a server after which others run what it ran, "
+        "where operations are shared.",
+    )
     jobs_per_worker: int = Field(
         1000,
         ge=1,
@@ -177,6 +188,8 @@ class ServerConfig(BaseModel):
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"log_level must be debug, info, warning or error: {self.log_level!r}")
         self._check_tls()
+        if self.share_operations and not self.object_store:
+            raise ValueError("share_operations needs object_store, which is where they are shared")
         for name in ("health_listen", "metrics_listen"):
             if (address := getattr(self, name)) is not None:
                 _host(address, name)

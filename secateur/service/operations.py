@@ -1,7 +1,7 @@
 """What the server remembers: operations, the blobs they need, and results that may be asked again.
 
 One SQLite file in WAL mode; every method is one transaction, synced before it returns, so that a
-server killed at any moment finds all of it or nothing. Whoever adds another back end keeps
+server killed at any moment finds all of it or nothing. Another back end, as `shared` is one, keeps
 these methods and passes tests/service/test_operations.py.
 
     operations   what was asked and what came of it; `number` is the order of arrival

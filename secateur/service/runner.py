@@ -1,7 +1,8 @@
 """Runs operations: takes them from the repository in their order, and tells how they stand.
 
 The repository is the truth. What is only here (tasks, the latest progress, who waits) may go with
-the process: the next one starts the operations again that ran.
+the process: the next one starts the operations again that ran. Where servers share a repository,
+each looks every so often at what the others did.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import grpc
+import pydantic
 from google.longrunning import operations_pb2
 from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
@@ -34,8 +37,11 @@ log = logging.getLogger("secateur.service")
 _T = TypeVar("_T")
 
 NAME = "operations/"  # of an operation: this and its id
+_PASSING = ("STORAGE", "OBJECT_STORE")  # reasons of errors that are worth another attempt
 _TELLING = 0.1  # share of a job after which its own pace says more than what ran before
 _AGAIN_S = 1.0  # until the next attempt to write down how an operation ended
+_LOOK_S = 0.5  # between two looks at what other servers did
+_BEATS = 4  # signs of life in the time after which a server without any is given up
 
 
 class Runner:
@@ -108,16 +114,18 @@ class Runner:
 
     async def wait(self, client: str, name: str, timeout: float) -> operations_pb2.Operation:
         """How an operation stands when it has ended, or after `timeout` seconds."""
+        end = time.monotonic() + timeout
         operation = await self._asked(self._repository.get, client, _id(name))
-        if not operation.state.done:
+        while not operation.state.done and time.monotonic() < end:
             ended = self._ended.setdefault(operation.id, asyncio.Event())
             operation = await self._asked(self._repository.get, client, operation.id)
             if operation.state.done:  # between the two looks
-                self._ended.pop(operation.id, None)
-            else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), timeout)
-        return await self.get(client, name)
+                self._forget(operation.id)
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), end - time.monotonic())
+            operation = await self._asked(self._repository.get, client, operation.id)
+        return await self._message(operation)
 
     async def cancel(self, client: str, name: str) -> None:
         """Ends an operation and its worker; nothing happens to one that has ended."""
@@ -141,20 +149,70 @@ class Runner:
 
     async def run(self) -> None:
         """Works until it is cancelled; operations that run then wait for the next server."""
+        await self._surely(self._recover)
+        try:
+            async with asyncio.TaskGroup() as group:
+                if self._repository.lease_s is not None:
+                    group.create_task(self._follow(self._repository.lease_s))
+                while True:
+                    self._wake.clear()
+                    await self._claim()
+                    await self._wake.wait()
+        finally:
+            self._drop_all()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _recover(self) -> None:
         text = f"the server ended {self._max_attempts} times while this operation ran"
         failure = _wire.failure_to_status(grpc.StatusCode.ABORTED, text, "TOO_MANY_ATTEMPTS", "")
-        await self._surely(
-            self._repository.recover, self._max_attempts, failure.SerializeToString()
-        )
-        try:
-            while True:
-                self._wake.clear()
-                await self._claim()
-                await self._wake.wait()
-        finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._repository.recover(self._max_attempts, failure.SerializeToString())
+
+    def _drop_all(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def _follow(self, lease_s: float) -> None:
+        """Gives signs of life, and acts on what other servers did, until it is cancelled.
+
+        Without a sign of life others may run what runs here: it is stopped in good time.
+        """
+        told = time.monotonic()
+        while True:
+            await asyncio.sleep(min(_LOOK_S, lease_s / _BEATS))
+            try:
+                now = time.monotonic()
+                if not self._tasks:
+                    told = now
+                elif now - told >= lease_s / _BEATS:
+                    await asyncio.to_thread(self._repository.beat, self._steps())
+                    told = now
+                await asyncio.to_thread(self._recover)
+                await self._compare()
+            except (sqlite3.OperationalError, CallError):
+                log.exception("the state of operations cannot be reached")
+                if time.monotonic() - told > lease_s / 2:
+                    self._drop_all()
+
+    def _steps(self) -> dict[str, bytes]:
+        """The progress of what runs, as messages."""
+        return {
+            name: _wire.to_wire(step, report_pb2.Progress()).SerializeToString()
+            for name, step in self._progress.items()
+        }
+
+    async def _compare(self) -> None:
+        """Makes what is here agree with the repository, which other servers write to as well."""
+        async with self._claiming:
+            unfinished = await asyncio.to_thread(self._repository.unfinished)
+            for name, task in self._tasks.items():
+                if not unfinished.get(name):  # cancelled, or run by another server
+                    task.cancel()
+            for name, own in unfinished.items():
+                if own and name not in self._tasks:  # nobody heard that it was claimed
+                    await asyncio.to_thread(self._repository.release, name, False)
+        for name in (self._ended.keys() | self._parents.keys()) - unfinished.keys():
+            self._forget(name)
+        self._wake.set()
 
     async def _claim(self) -> None:
         """Gives work to every worker that has none."""
@@ -222,6 +280,10 @@ class Runner:
 
         if await self._surely(finish):
             log.info("operation ended", extra=logs.fields(operation=name, state=state))
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Drops what is kept here of an operation that has ended, and tells who waits for it."""
         self._parents.pop(name, None)
         ended = self._ended.pop(name, None)
         if ended is not None:
@@ -233,7 +295,7 @@ class Runner:
             try:
                 return await asyncio.to_thread(function, *args)
             except (sqlite3.OperationalError, CallError) as error:
-                if isinstance(error, CallError) and error.reason != "STORAGE":
+                if isinstance(error, CallError) and error.reason not in _PASSING:
                     raise
                 log.exception("the state of operations cannot be written")
                 await asyncio.sleep(_AGAIN_S)
@@ -255,7 +317,7 @@ class Runner:
         return message
 
     def _metadata(self, operation: Record) -> Any:
-        progress = self._progress.get(operation.id)
+        progress = self._progress.get(operation.id) or _told(operation)
         metadata = pruning_pb2.PruneMetadata(
             state=f"OPERATION_STATE_{operation.state}", attempts=operation.attempts
         )
@@ -293,6 +355,15 @@ class Runner:
             return max(now, operation.started + usual)
         rounds = waiting // self._workers + 1
         return now + usual * (rounds + (len(self._tasks) >= self._workers))
+
+
+def _told(operation: Record) -> Progress | None:
+    """The progress that the server which runs an operation told of; None when it told of none."""
+    if operation.progress is None:
+        return None
+    with contextlib.suppress(pydantic.ValidationError):  # a stage that only newer servers know
+        return _wire.from_wire(report_pb2.Progress.FromString(operation.progress), Progress)
+    return None
 
 
 def _id(name: str) -> str:

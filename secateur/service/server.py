@@ -35,6 +35,7 @@ from secateur.service.pool import WorkerPool
 from secateur.service.remote import RemoteBlobs
 from secateur.service.runner import Runner
 from secateur.service.servicer import Pruning
+from secateur.service.shared import SharedRepository
 from secateur.v1 import bytestream_pb2, pruning_pb2, pruning_pb2_grpc
 
 log = logging.getLogger("secateur.service")
@@ -115,9 +116,7 @@ def _storage(config: ServerConfig, folder: pathlib.Path) -> tuple[Repository, Bl
     durable = config.folder is not None
     try:
         remote = RemoteBlobs(config.object_store) if config.object_store else None
-        repository = Repository(
-            folder / "operations.sqlite", durable=durable, ttl_s=config.operation_ttl_s
-        )
+        repository = _repository(config, folder / "operations.sqlite", durable)
         store = BlobStore(
             folder,
             repository,
@@ -127,9 +126,18 @@ def _storage(config: ServerConfig, folder: pathlib.Path) -> tuple[Repository, Bl
             durable=durable,
             remote=remote,
         )
-    except (OSError, ValueError, sqlite3.Error) as error:
+    except (OSError, ValueError, sqlite3.Error, CallError) as error:
         raise ServerError(f"the server's storage cannot be used: {error}") from error
     return repository, store
+
+
+def _repository(config: ServerConfig, path: pathlib.Path, durable: bool) -> Repository:
+    """Where operations are: in a file of this server, or where servers share them."""
+    if config.object_store and config.share_operations:
+        return SharedRepository(
+            config.object_store, ttl_s=config.operation_ttl_s, lease_s=config.lease_s
+        )
+    return Repository(path, durable=durable, ttl_s=config.operation_ttl_s)
 
 
 def check(config: ServerConfig) -> None:

@@ -49,6 +49,7 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
         ("{", "cannot be read"),
         ("log_level: loud", "log_level"),
         ("listen: 0.0.0.0:1", "insecure-public"),
+        ("share_operations: true", "object_store"),
     ],
 )
 def test_a_file_that_says_nonsense_is_wrong_usage(

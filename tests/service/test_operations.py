@@ -18,6 +18,7 @@ import pytest
 from secateur.operation import State
 from secateur.service.errors import CallError
 from secateur.service.operations import Record, Repository
+from secateur.service.shared import SharedRepository
 
 Open = Callable[..., Repository]
 
@@ -26,18 +27,23 @@ def sqlite(folder: pathlib.Path, ttl_s: float = 60.0) -> Repository:
     return Repository(folder / "state", durable=True, ttl_s=ttl_s)
 
 
-BACK_ENDS = {"sqlite": sqlite}
-
-
-@pytest.fixture(params=BACK_ENDS)
+@pytest.fixture(params=["sqlite", "folder", "s3"])
 def opened(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Open]:
     """Opens a repository; opening again stands for the next server on the same state."""
     made: list[Repository] = []
+    url = f"file://{tmp_path}/store"
+    if request.param != "sqlite":
+        pytest.importorskip("obstore")
+    if request.param == "s3":
+        url = request.getfixturevalue("bucket")
 
-    def open_again(**settings: Any) -> Repository:
+    def open_again(ttl_s: float = 60.0) -> Repository:
         while made:
             made.pop().close()
-        made.append(BACK_ENDS[request.param](tmp_path, **settings))
+        if request.param == "sqlite":
+            made.append(sqlite(tmp_path, ttl_s))
+        else:
+            made.append(SharedRepository(url, ttl_s=ttl_s, lease_s=0.0))
         return made[-1]
 
     yield open_again
