@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import functools
 import os
 import pathlib
 import random
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -44,6 +46,8 @@ from secateur._calls import run
 from secateur._inputs import Source
 from secateur.errors import SecateurError
 from secateur.operation import Operation, State
+from secateur.service.operations import Repository
+from secateur.service.shared import SharedRepository
 from secateur.v1 import bytestream_pb2, bytestream_pb2_grpc, pruning_pb2, pruning_pb2_grpc
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -477,6 +481,127 @@ def _ends(client: secateur.Client, name: str, was: State) -> bool:
     return found.state is State.CANCELLED
 
 
+def replicas(args: argparse.Namespace) -> None:
+    """Operations of servers that share a store: what that costs, and what kills leave of it."""
+    print("an operation told of, begun and ended in the repository alone: per second, ms")
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as name, _bucket() as bucket:
+        made = {
+            "a file, synced": Repository(pathlib.Path(name, "file"), durable=True, ttl_s=60.0),
+            "a folder, synced": SharedRepository(f"file://{name}/shared", ttl_s=60.0, lease_s=60.0),
+            "S3 on this machine": SharedRepository(bucket, ttl_s=60.0, lease_s=60.0),
+        }
+        for what, repository in made.items():
+            count, start = 0, time.monotonic()
+            while (seconds := time.monotonic() - start) < args.seconds / 2:
+                started = repository.add("", "key", bytes(500), b"", ())
+                repository.claim()
+                repository.finish(started.id, State.SUCCEEDED, response=bytes(500))
+                count += 1
+            print(f"  {what:18s} {count / seconds:7.0f} {seconds / count * 1e3:7.1f}", flush=True)
+            repository.close()
+    print("operations of small models, 8 clients: per second, p50 / p95 / p99 ms")
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as name:
+        home = pathlib.Path(name)
+        for what, start_all in {
+            "one server, a file": lambda: [Server(home, "--no-cache", "--workers", "2")],
+            "two that share a folder": lambda: [
+                _sharing(home, number, "--workers", "1") for number in range(2)
+            ],
+        }.items():
+            servers = start_all()
+            taken = _operated([one.address for one in servers], 8, args.seconds)
+            print(
+                f"  {what:24s} {len(taken) / args.seconds:6.1f}   {percentiles(taken)}", flush=True
+            )
+            for one in servers:
+                one.end()
+    _kill_replicas(args.rounds or 20, random.Random(args.seed))
+
+
+@contextlib.contextmanager
+def _bucket() -> Iterator[str]:
+    """The URL of a bucket on a server that speaks S3: one for tests, and not fast."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*free.getsockname())
+    command = [sys.executable, "-m", "moto.server", "-p", address.partition(":")[2]]
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{address}",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            make = urllib.request.Request(f"http://{address}/bucket", method="PUT")
+            wait_for(lambda: _opened(make))
+            yield "s3://bucket/replicas"
+        finally:
+            server.kill()
+
+
+def _opened(request: urllib.request.Request) -> bool:
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            return True
+    except OSError:
+        return False
+
+
+def _sharing(home: pathlib.Path, number: int, *flags: str) -> Server:
+    """One of the servers that share a folder."""
+    (home / str(number)).mkdir(exist_ok=True)
+    shared = ("--object-store", f"file://{home}/store", "--share-operations")
+    return Server(home / str(number), "--no-cache", *shared, *flags)
+
+
+def _operated(addresses: list[str], clients: int, seconds: float) -> list[float]:
+    """Seconds from the start of each operation until its client heard of its end."""
+    taken: list[float] = []
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        with secateur.Client(addresses[number % len(addresses)]) as client:
+            while (start := time.monotonic()) < end:
+                client.wait_operation(client.start_prune(SMALL, Recipe(seed=number)))
+                taken.append(time.monotonic() - start)
+
+    _together([functools.partial(work, number) for number in range(clients)])
+    return taken
+
+
+def _kill_replicas(rounds: int, noise: random.Random) -> None:
+    """Kills one of two servers again and again, while clients ask either of them."""
+    flags = ("--lease", "2", "--workers", "1", "--max-attempts", "1000")
+    known: dict[str, State] = {}
+    with tempfile.TemporaryDirectory(prefix="secateur-bench-") as name:
+        home = pathlib.Path(name)
+        servers = [_sharing(home, number, *flags) for number in range(2)]
+        for _ in range(rounds):
+            victim = noise.randrange(2)
+            killer = threading.Timer(noise.uniform(0.0, 2.0), servers[victim].end, [signal.SIGKILL])
+            killer.start()
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(secateur.Client(one.address)) for one in servers]
+                while killer.is_alive():
+                    with contextlib.suppress(SecateurError):
+                        _one_step(noise.choice(clients), known, noise)
+            killer.join()
+            servers[victim] = _sharing(home, victim, *flags)
+        lost = []
+        for one in servers:
+            with secateur.Client(one.address) as client:
+                lost += [name for name, was in known.items() if not _ends(client, name, was)]
+            one.end()
+    print(
+        f"two servers that share a folder, one of them killed {rounds} times: {len(known)} "
+        f"operations told of, {len(lost)} lost",
+        flush=True,
+    )
+    if lost:
+        raise SystemExit(1)
+
+
 def hostile(args: argparse.Namespace) -> None:
     """Bad models, messages, names and frames: each is refused, and no process dies of it."""
     from fuzz import make
@@ -702,7 +827,7 @@ ACTS = (_prunes, _prunes, _leaves, _operates, _operates, _crashes, _hangs, _read
 
 # ---- the program -------------------------------------------------------------------------------
 
-PARTS = (calls, health, transfer, large, cancel, kills, hostile, mix)
+PARTS = (calls, health, transfer, large, cancel, kills, replicas, hostile, mix)
 
 
 def main() -> None:
