@@ -8,6 +8,7 @@ shorter than operations last. Credentials come from the environment, as each pro
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import os
@@ -31,8 +32,13 @@ def tag(client: str) -> str:
     return hashlib.sha256(client.encode()).hexdigest()[:16]
 
 
-def open_store(url: str) -> Any:
+def open_store(url: str, patience_s: float | None = None) -> Any:
     """The store of obstore behind `s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`.
+
+    Args:
+        url: which.
+        patience_s: seconds after which a request has failed, and is not made again; None: what
+            suits large contents.
 
     Raises:
         ValueError: the URL is not understood, or obstore is not installed.
@@ -41,9 +47,14 @@ def open_store(url: str) -> Any:
         import obstore.store
     except ImportError:
         raise ValueError("an object store needs obstore: pip install secateur[store]") from None
+    options: dict[str, Any] = {"client_options": {}}
     # the providers' own programs allow plain HTTP where their endpoint variable says so
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    options: dict[str, Any] = {"client_options": {"allow_http": True}} if plain else {}
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        options["client_options"]["allow_http"] = True
+    if patience_s is not None:
+        patience = datetime.timedelta(seconds=patience_s)
+        options["client_options"]["timeout"] = patience
+        options["retry_config"] = {"retry_timeout": patience}
     if url.startswith("file:"):
         options = {"mkdir": True}
     try:

@@ -176,22 +176,21 @@ class Runner:
 
         Without a sign of life others may run what runs here: it is stopped in good time.
         """
-        told = time.monotonic()
+        beat_s, loop = lease_s / _BEATS, asyncio.get_running_loop()
+        told, fuse = loop.time(), loop.call_later(lease_s / 2, self._drop_all)
         while True:
-            await asyncio.sleep(min(_LOOK_S, lease_s / _BEATS))
+            await asyncio.sleep(min(_LOOK_S, beat_s))
             try:
-                now = time.monotonic()
-                if not self._tasks:
-                    told = now
-                elif now - told >= lease_s / _BEATS:
-                    await asyncio.to_thread(self._repository.beat, self._steps())
-                    told = now
+                now = loop.time()
+                if not self._tasks or now - told >= beat_s:
+                    if self._tasks:
+                        await asyncio.to_thread(self._repository.beat, self._steps())
+                    fuse.cancel()
+                    told, fuse = now, loop.call_at(now + lease_s / 2, self._drop_all)
                 await asyncio.to_thread(self._recover)
                 await self._compare()
             except (sqlite3.OperationalError, CallError):
                 log.exception("the state of operations cannot be reached")
-                if time.monotonic() - told > lease_s / 2:
-                    self._drop_all()
 
     def _steps(self) -> dict[str, bytes]:
         """The progress of what runs, as messages."""

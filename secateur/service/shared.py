@@ -14,8 +14,8 @@ Every so often a server writes a snapshot, and removes what lies before the one 
 that slept meanwhile the next name may look free, or hold what another one of its kind left there:
 who finds itself before the last snapshot but one starts again from the last.
 
-Clocks need not agree: an operation is abandoned when its server gave no sign of life while the
-clock of another one went on for `lease_s`.
+An operation is abandoned when its server gave no sign of life while another one's clock went on for
+`lease_s`: clocks need not agree, but for when what has ended expires.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
 
 from secateur.operation import State
 from secateur.service.blobs import sync
@@ -99,11 +101,12 @@ class SharedRepository(Repository):
     """
 
     def __init__(self, url: str, *, ttl_s: float, lease_s: float) -> None:
-        self._store = open_store(url)
+        self._store = open_store(url, max(lease_s, 1.0) / 4)
         self._folder = _folder(url)
         self.lease_s = lease_s
         self.thread = threading.local()
         self._number = 0  # of the last transaction that the state holds
+        self._saved = 0  # of the last snapshot that was seen
         self._statements: list[tuple[str, tuple[Any, ...]]] = []
         self._seen: dict[tuple[Any, ...], float] = {}  # signs of life, and since when; monotonic
         super().__init__(":memory:", durable=False, ttl_s=ttl_s)
@@ -141,9 +144,8 @@ class SharedRepository(Repository):
 
     # ---- the log ----
 
-    def catch_up(self) -> bool:
-        """Takes in what other servers did; whether that was anything. Raises CallError."""
-        news = False
+    def catch_up(self) -> None:
+        """Takes in what other servers did. Raises CallError, sqlite3.DatabaseError."""
         with self._lock:
             while True:
                 entries: list[Any] = []
@@ -152,10 +154,8 @@ class SharedRepository(Repository):
                 if self._stands():
                     break
                 self._load()
-                news = True
             for entry in entries:
                 self._apply(entry)
-        return news or bool(entries)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
@@ -193,25 +193,35 @@ class SharedRepository(Repository):
         if entry["schema"] > VERSION:
             text = f"schema {entry['schema']} of the log is newer than this program's {VERSION}"
             raise sqlite3.DatabaseError(text)
+        for text, _ in entry["statements"]:
+            if not text.startswith(_CHANGES):  # the store is no way into a server
+                raise sqlite3.DatabaseError(f"not of a log: {text[:64]!r}")
         run = self._connection.execute
         run("BEGIN IMMEDIATE")
         for text, values in entry["statements"]:
-            if not text.startswith(_CHANGES):  # the store is no way into a server
-                raise sqlite3.DatabaseError(f"not of a log: {text[:64]!r}")
             run(text, [_decoded(value) for value in values]).fetchall()
         run("COMMIT")
         self._number += 1
 
     def _stands(self) -> bool:
-        """Whether nothing was removed that comes after the state; ask when what comes was read."""
-        kept = self._snapshots()[-2:]
-        return len(kept) < 2 or self._number >= kept[0]
+        """Whether nothing was removed that comes after the state; ask when what comes was read.
+
+        Raises:
+            CallError: the store has lost what was there: a folder that is not mounted, say.
+        """
+        kept = [0, *self._numbers(_SNAPSHOTS)]
+        begun = self._number and kept == [0]  # nothing is removed before the second snapshot
+        if kept[-1] < self._saved or (begun and self._read(_LOG, 1) is None):
+            text = "the operations that were in the object store are not there any more"
+            raise CallError(grpc.StatusCode.UNAVAILABLE, "OBJECT_STORE", text)
+        self._saved = kept[-1]
+        return self._number >= kept[-2:][0]
 
     def _load(self) -> None:
         """Starts from the last snapshot."""
         content = None
         while content is None:  # removed since, as another one came
-            number = self._snapshots()[-1]
+            number = self._numbers(_SNAPSHOTS)[-1]
             content = self._read(_SNAPSHOTS, number)
         self._connection.deserialize(content)
         self._prepare()
@@ -221,14 +231,11 @@ class SharedRepository(Repository):
         """Writes a snapshot, and removes what is before the one before."""
         with self._lock, contextlib.suppress(CallError):  # the next one will do
             self._put(_SNAPSHOTS, self._number, self._connection.serialize(), "overwrite")
-            *old, first, _ = [0, *self._snapshots()]
+            *old, first, _ = [0, *self._numbers(_SNAPSHOTS)]
             self._remove(_SNAPSHOTS, lambda number: number in old)
             self._remove(_LOG, lambda number: number < first)
 
     # ---- the store ----
-
-    def _snapshots(self) -> list[int]:
-        return self._numbers(_SNAPSHOTS)
 
     def _numbers(self, place: str) -> list[int]:
         """What is in one place, ascending."""

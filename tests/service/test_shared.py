@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -83,9 +84,9 @@ def test_no_claim_is_given_twice(another: Another) -> None:
     claimed: list[str] = []
 
     def claim(repository: SharedRepository) -> None:
-        while (record := repository.claim()) is not None or repository.catch_up():
-            if record is not None:
-                claimed.append(record.id)
+        repository.catch_up()
+        while (record := repository.claim()) is not None:
+            claimed.append(record.id)
 
     threads = [threading.Thread(target=claim, args=(one,)) for one in servers for _ in range(2)]
     for thread in threads:
@@ -170,6 +171,25 @@ def test_an_answer_that_got_lost_is_written_once(
     monkeypatch.setattr(one, "_put", repeated)
     more = add(one)
     assert [record.id for record in two.page("", State, None, 9)] == [more, name]
+
+
+def test_a_store_that_lost_what_it_had_is_not_begun_anew(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.service.shared._EVERY", 4)
+    store, away = tmp_path / "store", tmp_path / "away"
+    one = SharedRepository(f"file://{store}", ttl_s=60.0, lease_s=60.0)
+    for count in (1, 5):  # before the first snapshot, and after
+        names = [add(one) for _ in range(count)]
+        store.rename(away)
+        with pytest.raises(CallError, match="not there any more"):
+            add(one)
+        with pytest.raises(CallError, match="not there any more"):
+            one.get("", names[0])
+        shutil.rmtree(store, ignore_errors=True)
+        away.rename(store)
+        assert one.get("", add(one)).state is State.QUEUED
+    one.close()
 
 
 def test_a_log_that_is_not_ours_is_refused(url: str, another: Another) -> None:
@@ -301,3 +321,21 @@ def test_progress_is_told_by_any_server(pair: Pair, wide: pathlib.Path) -> None:
     with frozen(worker):
         wait_for(lambda: told(pair.clients[1 - runner]), 5.0)
     assert pair.clients[1 - runner].wait_operation(started).state is State.SUCCEEDED
+
+
+def test_without_the_store_nothing_runs_that_others_might(tmp_path: pathlib.Path) -> None:
+    store, away = tmp_path / "store", tmp_path / "away"
+    pair = Pair(tmp_path, f"file://{store}")
+    workers = [one.idle_worker() for one in pair.servers]
+    with frozen(workers[0]), frozen(workers[1]):
+        started = pair.clients[0].start_prune(MODEL)
+        worker = workers[pair.runner()]
+        store.rename(away)
+        wait_for(lambda: is_gone(worker), 2.0)  # which is the lease
+        with pytest.raises(secateur.ServerError, match="UNAVAILABLE"):
+            pair.clients[0].get_operation(started, timeout=10)
+        shutil.rmtree(store, ignore_errors=True)
+        away.rename(store)
+    for client in pair.clients:
+        assert client.wait_operation(started).state is State.SUCCEEDED
+    pair.close()
