@@ -226,4 +226,5 @@ def _of_one(network: Network, view: LinearMap, seed: int) -> Moments:
         positions = math.prod(shape) // shape[view.y_axis]
         places = sample_places(positions, network.batches, entries, generator)
         moments.add(view.rows(data, shape, places).astype(np.float32))
+    moments.count = max(moments.count, 1)  # where no sample came by (an expert): as if zeros had
     return moments

@@ -213,10 +213,11 @@ class _Fit:
             sums.add(x, wanted)
             if intervals is not None:
                 intervals.add(x, wanted, rest)
-            if batch == 0 and sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30):
+            told = batch == 0 and sums.count
+            if told and sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30):
                 return None
-        if not seen.count:
-            return None  # one batch: nothing to judge a fit by
+        if not seen.count or not held.count:
+            return None  # one batch, or an expert that none reaches: nothing to judge a fit by
         fitted = self._target.fit(seen, held)
         if fitted.damping is None or loose[0] is None or loose[1] is None:
             return fitted
