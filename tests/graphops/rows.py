@@ -1950,6 +1950,15 @@ def _number(value: int) -> Callable[[Net], str]:
 
 rows("Trilu", {"space": on_image("Trilu"), "lower": on_image("Trilu", _number(1), upper=0)})
 rows("Trilu", {"channels": on_sequence("Trilu")}, freezes="ORDERED")
+
+
+@row("NonZero", freezes="INDEXED")
+def _(net: Net) -> str:
+    found = net.op("NonZero", sequence(net), name=SUBJECT)  # (3, n)
+    last = net.op("ReduceMax", net.op("Cast", found, to=TensorProto.FLOAT), keepdims=0)
+    return sequence_end(net, net.op("Mul", sequence(net), last))
+
+
 rows("CumProd", {"space": on_image("CumProd", _number(2))}, opset=26)
 rows("CumProd", {"channels": on_image("CumProd", _number(1))}, opset=26, freezes="ORDERED")
 rows(

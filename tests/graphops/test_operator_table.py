@@ -61,7 +61,7 @@ def test_reasons_are_given_for_operators_that_exist() -> None:
 
 def test_a_reason_is_given_once() -> None:
     with pytest.raises(ValueError, match="explained twice"):
-        registry.explain("NonZero", "for no reason")
+        registry.explain("Unique", "for no reason")
 
 
 def test_the_page_is_current() -> None:

@@ -6,11 +6,12 @@ import contextlib
 import fnmatch
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops import rules
-from secateur.graphops.coupling import units
+from secateur.graphops.coupling import branches, units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.collecting import uncollected
@@ -51,6 +52,7 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
         shapes=shapes,
         opsets=dict(model.opset_imports),
         constants=constants(graph),
+        graph=graph,
         by_dimension="head_dim" in recipe.granularity,
     )
     macs: list[MacTerm] = []
@@ -65,6 +67,7 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
     for value in graph.outputs:
         for block in flow.blocks(value):
             flow.freeze(block.labels, None, "GRAPH_OUTPUT", f"graph output {value.name!r}")
+    branches.follow(flow)
     flow.freeze_held()
     flow.freeze_answers()
     _ignore(flow, graph, recipe.ignore)
@@ -170,5 +173,13 @@ def _ignore(flow: Flow, graph: ir.Graph, globs: Sequence[str]) -> None:
 
 
 def _keep(flow: Flow, value: ir.Value, glob: str) -> None:
-    for block in flow.blocks(value):
-        flow.freeze(block.labels, None, "IGNORED", f"matches --ignore {glob!r}")
+    producer = value.producer()
+    names = [str(value.name), *([] if producer is None else [node_label(producer)])]
+    along = [block.labels for block in flow.blocks(value)]
+    for gone in (flow.parts[name] for name in names if name in flow.parts):
+        if len(gone) > 1:
+            flow.keep(np.array(list(gone), np.int32))
+        else:
+            along.append(np.array(list(gone), np.int32))
+    for labels in along:
+        flow.freeze(labels, None, "IGNORED", f"matches --ignore {glob!r}")

@@ -96,6 +96,48 @@ class Pointer:
     source: ir.Node
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One position that a node takes out by itself: all of its output hangs on it.
+
+    Attributes:
+        node: that takes it.
+        output: of the node, without a label for it.
+        label: of the position.
+        axis: of the node's input 0 that it lies along; None where the output says whether the
+            position, by its number, was chosen.
+    """
+
+    node: ir.Node
+    output: ir.Value
+    label: int
+    axis: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Where a branch ends that goes with labels, all of them together.
+
+    Attributes:
+        node: that joins the branch to others.
+        labels: without which there is no branch.
+        left: the input that the node's readers then read instead; None: the node stays, and does
+            without one input.
+        without: that input.
+    """
+
+    node: ir.Node
+    labels: frozenset[int]
+    left: int | None = None
+    without: int | None = None
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The inputs that nothing reads then."""
+        every = range(len(self.node.inputs)) if self.without is None else (self.without,)
+        return tuple(index for index in every if index != self.left)
+
+
 @dataclass(slots=True)
 class Flow:
     """Everything one pass accumulates.
@@ -105,12 +147,15 @@ class Flow:
         opsets: domain → version.
         constants: names of tensors that hold weights (initializers and Constant outputs).
         by_dimension: whether attention loses the same dimensions of every head, not heads.
+        graph: of the model, without the bodies of its nodes.
         visit: passes labels through one node; rules of nodes with subgraphs call it inside.
+        parts: what goes with labels, by name: constants, and nodes (see `coupling.branches`).
     """
 
     shapes: Shapes
     opsets: dict[str, int]
     constants: dict[str, ir.TensorProtocol]
+    graph: ir.Graph
     by_dimension: bool = False
     blocks_of: dict[str, Blocks] = field(default_factory=dict)
     equal: list[tuple[Labels, Labels]] = field(default_factory=list)
@@ -125,6 +170,10 @@ class Flow:
     contractions: list[Contraction] = field(default_factory=list)
     held: dict[str, ir.Node] = field(default_factory=dict)
     pointers: dict[str, Pointer] = field(default_factory=dict)
+    taken: list[Taken] = field(default_factory=list)
+    beside: dict[str, tuple[ir.Node, int]] = field(default_factory=dict)
+    joins: list[Join] = field(default_factory=list)
+    parts: dict[str, frozenset[int]] = field(default_factory=dict)
     visit: Callable[[ir.Node], None] = field(default=lambda node: None)
     labels: int = 1  # label 0 is FIXED
     _loose: set[int] = field(default_factory=set)
@@ -343,6 +392,48 @@ class Flow:
         from it."""
         self.contractions.append(Contraction(node, index, axis, exact, chosen))
 
+    # -- one position alone --------------------------------------------------------------------
+
+    def take(self, node: ir.Node, output: ir.Value, label: int, axis: int | None) -> None:
+        """A node takes out one position, by which all of an output stands or falls."""
+        if node.graph is self.graph and label != FIXED:
+            self.taken.append(Taken(node, output, label, axis))
+        else:
+            self.freeze(np.array([label], np.int32), node, "INDEXED", "is taken by its position")
+
+    def put_beside(self, node: ir.Node, axis: int) -> None:
+        """A node puts computed tensors of one position each side by side along a new axis.
+
+        They get labels when they meet as many computed positions that can be cut (see `meet`), if
+        nothing else reads them: a stack of anything else stays as it is.
+        """
+        output = node.outputs[0]
+        if node.graph is self.graph and len(output.uses()) == 1 and output.name:
+            self.beside[output.name] = node, axis
+
+    def _label_beside(
+        self, node: ir.Node, operands: Sequence[tuple[int, Sequence[Letter | None]]]
+    ) -> None:
+        """Gives a stack labels where it is about to meet those of another operand."""
+        lines = {
+            theirs[block.axes[0]]
+            for place, theirs in operands
+            if (other := node.inputs[place]) is not None and other.name not in self.constants
+            for block in self.blocks(other)
+            if len(block.axes) == 1
+        }
+        for index, letters in operands:
+            value = node.inputs[index]
+            made, axis = self.beside.get(str(value.name if value else ""), (None, 0))
+            if made is None or value is None or letters[axis] not in lines:
+                continue
+            del self.beside[str(value.name)]
+            labels = self.fresh(len(made.inputs))
+            self.keep(labels)
+            self.set(value, (*self.blocks(value), Block((axis,), labels)))
+            for place, label in enumerate(labels.tolist()):
+                self.joins.append(Join(made, frozenset([label]), without=place))
+
     # -- integers that name positions ----------------------------------------------------------
 
     def point(self, value: ir.Value, labels: Labels, source: ir.Node) -> None:
@@ -418,6 +509,8 @@ class Flow:
         Returns:
             the blocks of the result.
         """
+        if self.beside:
+            self._label_beside(node, operands)
         views = _Views(self, node, operands)
         views.resolve_joint_blocks(frozenset(letters), heads)
         views.record_contractions(frozenset(letters), exact)

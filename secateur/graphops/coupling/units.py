@@ -9,13 +9,13 @@ one another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Contraction, Flow, Reason
+from secateur.graphops.coupling.flow import Contraction, Flow, Join, Reason
 from secateur.graphops.coupling.grouping import components, decide, frozen_components
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, thin
 from secateur.graphops.model.opening import node_label
@@ -78,6 +78,10 @@ class Coupling:
         segments: sets of units, and how many positions of each must stay.
         contractions: operand axes that nodes sum over.
         macs: cost of the nodes that multiply and accumulate.
+        joins: where branches end that go with units.
+        parts: what such branches hold: names of constants and labels of nodes → the units with
+            all of which they go.
+        numbers: tensors that name positions of an axis → the unit of each of those.
     """
 
     shapes: Shapes
@@ -88,6 +92,9 @@ class Coupling:
     segments: tuple[tuple[Units, int], ...]
     contractions: tuple[Contraction, ...]
     macs: tuple[MacTerm, ...]
+    joins: tuple[Join, ...]
+    parts: Mapping[str, Units]
+    numbers: Mapping[str, Units]
     _blocks: Mapping[str, Blocks]
     _unit_of: Units  # by label
     _cache: dict[str, dict[int, Units]] = field(default_factory=dict)
@@ -108,6 +115,10 @@ class Coupling:
                 known[block.axes[place]] = units
             self._cache[name] = known
         return known
+
+    def gone(self, name: str, keep: npt.NDArray[np.bool_]) -> bool:
+        """Whether a constant, or a node by its label, goes whole with units that do."""
+        return name in self.parts and not keep[self.parts[name]].any()
 
 
 def _varying_axis(units: Units) -> int:
@@ -190,6 +201,7 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
     unit_of = number[component]
     unit_of[FIXED] = 0
 
+    parts = {name: np.unique(unit_of[list(labels)]) for name, labels in flow.parts.items()}
     return Coupling(
         shapes=flow.shapes,
         constants=flow.constants,
@@ -199,9 +211,22 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
         segments=tuple((unit_of[s.labels].reshape(-1), s.least) for s in flow.segments),
         contractions=tuple(flow.contractions),
         macs=macs,
+        joins=_joins(flow, unit_of),
+        parts={name: units for name, units in parts.items() if units[0] != FIXED},
+        numbers={name: unit_of[one.labels] for name, one in flow.pointers.items()},
         _blocks=flow.blocks_of,
         _unit_of=unit_of,
     )
+
+
+def _joins(flow: Flow, unit_of: Units) -> tuple[Join, ...]:
+    """Those whose labels may all go, said in units."""
+    found = []
+    for join in flow.joins:
+        units = frozenset(unit_of[list(join.labels)].tolist())
+        if FIXED not in units:
+            found.append(replace(join, labels=units))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +265,10 @@ def _groups(flow: Flow, slices: _Slices, number: Units, unit_of: Units) -> tuple
     ends = np.r_[starts[1:], component.size]
     # Components with the same (axis, times) pairs: by the sum of one mixed number per pair.
     signature = np.add.reduceat(_mixed(axis * (int(times.max()) + 1) + times), starts)
+    heads, experts = _flags(flow.heads, unit_of, number), _experts(flow, unit_of, number)
+    signature[experts[number[component[starts]]]] += np.uint64(1)
     _, first, group = np.unique(signature, return_index=True, return_inverse=True)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-    heads = _flags(flow.heads, unit_of, number)
-    experts = _flags(flow.experts, unit_of, number) | _compared_stacks(flow, unit_of, number)
     kind = "head_dim" if flow.by_dimension else "head"
     order = np.argsort(first)  # groups in the order of their first units
     group_of = np.full(int(number.max()) + 1, -1)
@@ -299,6 +324,17 @@ def _flags(marked: list[Labels], unit_of: Units, number: Units) -> npt.NDArray[n
         flags[unit_of[labels]] = True
     flags[0] = False
     return flags
+
+
+def _experts(flow: Flow, unit_of: Units, number: Units) -> npt.NDArray[np.bool_]:
+    """Units that are chosen by number, or go with matrices: of a branch, or of a stack."""
+    matrices = [
+        np.array(list(labels), np.int32)
+        for name, labels in flow.parts.items()
+        if name in flow.constants and len(flow.shapes.first[name]) > 1 and len(labels) == 1
+    ]
+    chosen = _flags([*flow.experts, *matrices], unit_of, number)
+    return chosen | _compared_stacks(flow, unit_of, number)
 
 
 def _compared_stacks(flow: Flow, unit_of: Units, number: Units) -> npt.NDArray[np.bool_]:

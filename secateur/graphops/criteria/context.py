@@ -16,8 +16,9 @@ from secateur.graphops.model.quantised import scaled_constants
 from secateur.recipe import Reduction
 
 Scores = npt.NDArray[np.float64]
-# What one axis of one tensor says: (tensor, axis, a value ≥ 0 per position).
-Part = tuple[str, int, npt.NDArray[np.float64]]
+# What one axis of one tensor says: (tensor, axis, a value ≥ 0 per position). Without an axis, what
+# the whole of it says of the branch that it is part of.
+Part = tuple[str, int | None, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class Context:
         """
         total, axes = self.zeros(), np.zeros(self.coupling.count + 1, np.int64)
         for name, axis, values in parts:
-            units = self.coupling.axes(name).get(axis)
+            coupling = self.coupling
+            units = coupling.parts.get(name) if axis is None else coupling.axes(name).get(axis)
             if units is None:
                 continue
             if self.reduction == "sum":
@@ -80,14 +82,14 @@ class Context:
         return total / np.maximum(axes, 1) if self.reduction == "mean" else total
 
     def weights(self) -> Iterator[tuple[str, ir.TensorProtocol]]:
-        """Constants with two or more axes of which some can be cut.
+        """Constants with two or more axes of which some can be cut, or that go with a branch.
 
         Integers come as what they stand for: per channel they fill their range, and only their
         scales tell channels apart.
         """
         scaled = scaled_constants(self.model.graph)
         for name, tensor in self.coupling.constants.items():
-            if len(tensor.shape) >= 2 and self.coupling.axes(name):
+            if len(tensor.shape) >= 2 and (name in self.coupling.parts or self.coupling.axes(name)):
                 found = scaled.get(name)
                 yield name, tensor if found is None else ir.tensor(found.real(tensor.numpy()))
 

@@ -35,6 +35,8 @@ def _power_sums(context: Context, power: int) -> Iterator[Part]:
             array = np.abs(array)
         for axis in context.coupling.axes(name):
             yield name, axis, _sums(array, axis, power)
+        if len(context.coupling.parts.get(name, ())) == 1:
+            yield name, None, _sums(array, 0, power).sum(keepdims=True)
         del array
         release(tensor)
 

@@ -57,10 +57,11 @@ def inspect(
     if samples is not None:
         with one_blas_thread():
             curves = decide(analysed, recipe, samples, None, clock).curves or {}
+    coupling = analysed.coupling
     return Inspection(
-        groups=tuple(group_record(group, keep) for group in analysed.coupling.groups),
-        frozen=frozen_records(analysed.coupling),
+        groups=tuple(group_record(group, coupling, keep) for group in coupling.groups),
+        frozen=frozen_records(coupling),
         cost=Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size),
-        sensitivity=sensitivity_records(analysed.coupling, curves),
+        sensitivity=sensitivity_records(coupling, curves),
         regions=region_records(offer_of(analysed, recipe)),
     )

@@ -295,7 +295,7 @@ def _cut(
         ),
         before=before,
         after=after,
-        groups=tuple(group_record(group, decision.keep) for group in rest.coupling.groups),
+        groups=tuple(group_record(g, rest.coupling, decision.keep) for g in rest.coupling.groups),
         frozen=frozen_records(rest.coupling),
         removed=structure.removals,
         factored=structure.losses,

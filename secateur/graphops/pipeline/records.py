@@ -29,13 +29,14 @@ from secateur.report import (
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
 
-def group_record(group: UnitGroup, keep: Mask) -> Group:
-    """A group, and how many of its units stay."""
+def group_record(group: UnitGroup, coupling: Coupling, keep: Mask) -> Group:
+    """A group, and how many of its units stay; none where all that they slice is gone."""
+    gone = all(coupling.gone(name, keep) for name, _ in group.axes)
     return Group(
         id=group.id,
         kind=group.kind,
         units=int(group.units.size),
-        kept=int(keep[group.units].sum()),
+        kept=0 if gone else int(keep[group.units].sum()),
         channels_per_unit=max(group.axes.values()),
         tensors=tuple(f"{name}[{axis}]" for name, axis in group.axes),
         normalised_by=group.normalised_by,

@@ -19,6 +19,7 @@ from secateur.graphops.coupling.units import Axis, Coupling
 Mask = npt.NDArray[np.bool_]
 
 # Integers that say where and how many, not how much.
+_BRANCH = -1  # stands for an axis
 _NO_PARAMETERS = (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING)
 
 
@@ -29,6 +30,7 @@ class Cost:
     _units: npt.NDArray[np.int32]  # units of all axes, one after another
     _starts: npt.NDArray[np.int64]  # where each axis begins
     _factors: npt.NDArray[np.float64]  # per term
+    _branches: Mask  # per axis whether it is a branch, which is there as long as any unit is
     _axes: npt.NDArray[np.int64]  # (terms, width): axis numbers; the last one has size 1
 
     def of(self, keep: Mask) -> int:
@@ -37,13 +39,14 @@ class Cost:
             return int(self._factors.sum())
         sizes = np.ones(self._starts.size + 1, np.float64)
         sizes[:-1] = np.add.reduceat(keep[self._units].astype(np.int64), self._starts)
+        sizes[:-1][self._branches] = sizes[:-1][self._branches] > 0
         return int(np.rint((self._factors * sizes[self._axes].prod(axis=1)).sum()))
 
 
 def macs(coupling: Coupling) -> Cost:
     """Multiply-accumulates of one forward pass, of one sample where the batch is free."""
     divisor = _batch(coupling)
-    return _cost(coupling, [(1 / divisor, term.axes) for term in coupling.macs])
+    return _cost(coupling, [(term.node, 1 / divisor, term.axes) for term in coupling.macs])
 
 
 def params(coupling: Coupling) -> Cost:
@@ -51,7 +54,7 @@ def params(coupling: Coupling) -> Cost:
     return _cost(
         coupling,
         [
-            (1.0, tuple((name, axis) for axis in range(len(tensor.shape))))
+            (name, 1.0, tuple((name, axis) for axis in range(len(tensor.shape))))
             for name, tensor in coupling.constants.items()
             if tensor.dtype not in _NO_PARAMETERS
         ],
@@ -63,7 +66,7 @@ def constant_bytes(coupling: Coupling) -> Cost:
     return _cost(
         coupling,
         [
-            (tensor.dtype.itemsize, tuple((name, axis) for axis in range(len(tensor.shape))))
+            (name, tensor.dtype.itemsize, tuple((name, a) for a in range(len(tensor.shape))))
             for name, tensor in coupling.constants.items()
             if tensor.dtype != ir.DataType.STRING
         ],
@@ -116,14 +119,17 @@ def _batch(coupling: Coupling) -> int:
     return free[0] if free and len(free) == len(pairs) else 1
 
 
-def _cost(coupling: Coupling, terms: list[tuple[float, tuple[Axis, ...]]]) -> Cost:
+def _cost(coupling: Coupling, terms: list[tuple[str, float, tuple[Axis, ...]]]) -> Cost:
+    """Of terms (what costs it, factor, axes)."""
     numbers: dict[Axis, int] = {}
     units: list[npt.NDArray[np.int32]] = []
     factors, products = [], []
-    for constant, axes in terms:
+    for part, constant, axes in terms:
         factor, product = constant, []
+        if part in coupling.parts:
+            axes = (*axes, (part, _BRANCH))
         for name, axis in axes:
-            line = coupling.axes(name).get(axis)
+            line = coupling.parts[name] if axis == _BRANCH else coupling.axes(name).get(axis)
             if line is None:
                 factor *= _size(coupling, name, axis)
                 continue
@@ -139,6 +145,7 @@ def _cost(coupling: Coupling, terms: list[tuple[float, tuple[Axis, ...]]]) -> Co
     return Cost(
         _units=np.concatenate(units) if units else np.zeros(0, np.int32),
         _starts=np.cumsum([0, *lengths[:-1]]) if units else np.zeros(0, np.int64),
+        _branches=np.array([axis == _BRANCH for _, axis in numbers], np.bool_),
         _factors=np.array(factors, np.float64),
         _axes=np.array(padded, np.int64).reshape(len(products), width if units else 0),
     )

@@ -143,6 +143,8 @@ def _check_consistent(
     if not keep[0]:
         raise refuse(Code.INVALID_PLAN, "the plan cuts positions that cannot be cut")
     for name in coupling.constants:
+        if coupling.gone(name, keep):
+            continue
         for axis, units in coupling.axes(name).items():
             mask = keep[units]
             # A copy that was cut as its source is merged back, and then the plan names the source.

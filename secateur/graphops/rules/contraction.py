@@ -14,6 +14,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Choice, Flow, Letter
 from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
+from secateur.graphops.coupling.void import multiplied
 from secateur.graphops.rules.attributes import integer, operand, rank, text
 from secateur.graphops.rules.linear import (
     linear_conv,
@@ -177,13 +178,21 @@ def all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
     return tuple((str(value.name), axis) for axis in range(rank(flow, value) or 0))
 
 
-register("MatMul", "contraction", couple_matmul, macs=macs_matmul, linear=linear_matmul)
+register(
+    "MatMul",
+    "contraction",
+    couple_matmul,
+    macs=macs_matmul,
+    linear=linear_matmul,
+    void=multiplied,
+)
 register(
     "Gemm",
     "contraction",
     couple_gemm,
     macs=macs_gemm,
     linear=linear_gemm,
+    void=multiplied,
     roles={1: "weight", 2: "bias"},
 )
 register("Einsum", "contraction", couple_einsum, macs=macs_einsum)

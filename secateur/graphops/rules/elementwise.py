@@ -6,26 +6,31 @@ right and run together, so their labels meet.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import onnx_ir as ir
 
+from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE, Block, single
+from secateur.graphops.coupling.labels import BARE, Block, Labels, single
 from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.rules.attributes import KnowsValues, integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 UNARY = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Ceil Celu Cos Cosh Dropout Elu "
-    "Erf Exp Floor Gelu IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Round Selu "
-    "Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
+    "Acos Acosh BitCast BitwiseNot Cos Cosh Dropout Exp IsInf IsNaN Log Not Reciprocal Sigmoid "
+    "Softplus"
+)
+ZERO_AT_ZERO = (
+    "Abs Asin Asinh Atan Atanh Ceil Celu Elu Erf Floor Gelu LeakyRelu Mish Neg Round Selu "
+    "Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
 BROADCASTING = (
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Greater GreaterOrEqual Less "
-    "LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor"
+    "BitShift BitwiseAnd BitwiseOr BitwiseXor Greater GreaterOrEqual Less LessOrEqual Max Mean Min "
+    "Mod Or PRelu Pow Sum Xor"
 )
 
 
@@ -138,6 +143,9 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
     then runs with the one they were chosen from (one-hot, as some exporters spell it)."""
     for index in (0, 1):
         chosen = flow.pointed(node.inputs[index])
+        number = flow.value(node.inputs[1 - index])
+        if chosen is not None and number is not None and number.size == 1:
+            return _compare_with_one(flow, node, index, chosen, int(number.reshape(-1)[0]))
         axis = None if chosen is None else _counting(flow, node, 1 - index, chosen.size)
         one = (flow.shape(node.inputs[index]) or ())[axis : (axis or 0) + 1 or None]
         if chosen is not None and axis is not None and one in ((), (1,)):
@@ -147,8 +155,20 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
             flow.follow(node, index)
             flow.experts.append(chosen)
             flow.set(node.outputs[0], single(axis + (rank(flow, node.outputs[0]) or 0), chosen))
-            return
-    couple_broadcast(flow, node)
+            return None
+    return couple_broadcast(flow, node)
+
+
+def _compare_with_one(flow: Flow, node: ir.Node, index: int, chosen: Labels, number: int) -> None:
+    """The result says where one position was chosen: false everywhere once that is gone."""
+    flow.hold(node)
+    for value in node.inputs:
+        flow.freeze_value(value, node, "BARE_AXIS", "is compared with a number")
+    if 0 <= number < chosen.size:
+        flow.follow(node, index)
+        flow.experts.append(chosen)
+        flow.take(node, node.outputs[0], int(chosen[number]), None)
+    flow.set(node.outputs[0], BARE)
 
 
 def _counting(known_by: KnowsValues, node: ir.Node, index: int, size: int) -> int | None:
@@ -164,7 +184,12 @@ def _counting(known_by: KnowsValues, node: ir.Node, index: int, size: int) -> in
 
 
 def rewrite_equal(surgeon: Surgeon, node: ir.Node) -> None:
-    """Numbers count the positions that stay."""
+    """Numbers count the positions that stay; one alone is the new number of its position."""
+    for index in (0, 1):
+        stay, number = surgeon.numbered(node.inputs[index]), surgeon.value(node.inputs[1 - index])
+        if stay is not None and number is not None and number.size == 1 and not stay.all():
+            left = np.full_like(number, int(stay[: int(number.reshape(-1)[0])].sum()))
+            surgeon.set_input(node, 1 - index, left, like=number.dtype)
     size = len(surgeon.shape(node.outputs[0]))
     for axis in surgeon.changed_sizes(node.outputs[0]):
         for index in (0, 1):
@@ -212,15 +237,23 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
     flow.set(node.outputs[0], flow.meet(node, operands, list(range(size))))
 
 
-register(UNARY, "unary", couple_unary, reads=(0,))
-register("Identity", "unary", couple_unary, reads=(0,), moves=True)
-register("Relu", "unary", couple_unary, reads=(0,), flat=flat_relu)
-register("HardSwish", "unary", couple_unary, reads=(0,), flat=flat_hard_swish)
-register("HardSigmoid", "unary", couple_unary, reads=(0,), flat=flat_hard_sigmoid)
-register("Clip", "unary", couple_unary, reads=(0,), flat=flat_clip)
-register("Cast", "unary", couple_cast, rewrite=rewrite_cast, reads=(0,))
-register("CastLike", "unary", couple_unary)  # the second input says only a type
-register(BROADCASTING, "broadcast", couple_broadcast)
-register("Equal", "broadcast", couple_equal, rewrite=rewrite_equal)
+_unary = functools.partial(register, family="unary", couple=couple_unary, reads=(0,))
+_unary(UNARY, void=void.of_empty)
+_unary(ZERO_AT_ZERO, void=void.of_first)
+_unary("Identity", void=void.of_first, moves=True)
+_unary("Relu", void=void.of_first, flat=flat_relu)
+_unary("HardSwish", void=void.of_first, flat=flat_hard_swish)
+_unary("HardSigmoid", void=void.of_empty, flat=flat_hard_sigmoid)
+_unary("Clip", void=void.of_empty, flat=flat_clip)
+_unary("Cast", void=void.of_first, couple=couple_cast, rewrite=rewrite_cast)
+_unary("CastLike", void=void.of_first, reads=None)  # the second input says only a type
+_broadcast = functools.partial(register, family="broadcast", couple=couple_broadcast)
+_broadcast(BROADCASTING, void=void.of_empty)
+_broadcast("Mul And", void=void.of_any)
+_broadcast("Div", void=void.of_first)
+_broadcast("Add", void=void.added)
+_broadcast("Sub", void=void.subtracted)
+_broadcast("Where", void=void.chosen)
+_broadcast("Equal", couple=couple_equal, rewrite=rewrite_equal, void=void.of_empty)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain="com.microsoft")

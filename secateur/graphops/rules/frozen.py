@@ -8,7 +8,7 @@ from __future__ import annotations
 from secateur.graphops.rules.registry import explain
 
 explain(
-    "MaxUnpool NonMaxSuppression NonZero Unique",
+    "MaxUnpool NonMaxSuppression Unique",
     "positions are read or answered as numbers, and a cut would renumber them",
 )
 explain(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks, Labels, simplify, single
 from secateur.graphops.model import arithmetic
@@ -57,6 +58,9 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
     for block in flow.blocks(value):
         cut = tuple(index[axis] for axis in block.axes)
         labels = block.labels[cut]
+        if labels.shape == (1,) and block.labels.size > 1:
+            flow.take(node, node.outputs[0], int(labels[0]), *block.axes)
+            continue
         if labels.size != block.labels.size:
             flow.keep(labels)
         result.append(Block(block.axes, labels))
@@ -136,6 +140,9 @@ def couple_split(flow: Flow, node: ir.Node) -> None:
                 result += (block,)
                 continue
             part = block.labels.take(range(start, stop), axis=block.axes.index(axis))
+            if part.shape == (1,) and block.labels.size > 1:
+                flow.take(node, output, int(part[0]), axis)
+                continue
             flow.keep(part)
             # A range of one head of a joint block leaves a plain axis of head positions.
             result += simplify(Block(block.axes, part)) if part.ndim > 1 else single(axis, part)
@@ -148,9 +155,11 @@ def rewrite_split(surgeon: Surgeon, node: ir.Node) -> None:
     if value is None or not surgeon.changed(value):
         return
     axis = integer(node, "axis", 0) % len(surgeon.shape(value))
-    if surgeon.kept(value, axis) is None:
+    kept = surgeon.kept(value, axis)
+    if kept is None:
         return
-    sizes = [surgeon.size(output, axis) for output in node.outputs]
+    bounds = np.cumsum([surgeon.shape(output)[axis] or 0 for output in node.outputs])
+    sizes = [int(part.sum()) for part in np.split(kept, bounds[:-1])]
     if surgeon.opset(node) >= 18:
         surgeon.drop_attribute(node, "num_outputs")
     if surgeon.opset(node) >= 13:
@@ -181,6 +190,8 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     if joint is not None:
         flow.set(node.outputs[0], joint)
         return
+    if _puts_beside(flow, node, axis):
+        flow.put_beside(node, axis)
     parts: list[Labels] = []
     for value in values:
         size = (flow.shape(value) or {axis: None})[axis]
@@ -197,6 +208,17 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     joined = np.concatenate(parts)
     others = _meet_without(flow, node, indices, letters, axis)
     flow.set(node.outputs[0], others + single(axis, joined))
+
+
+def _puts_beside(flow: Flow, node: ir.Node, axis: int) -> bool:
+    """Whether all operands are computed, and one position wide that cannot be cut by itself."""
+    return len(node.inputs) > 1 and all(
+        value is not None
+        and value.name not in flow.constants
+        and (flow.shape(value) or {axis: None})[axis] == 1
+        and not any(axis in block.axes for block in flow.blocks(value))
+        for value in node.inputs
+    )
 
 
 def _concat_joint(flow: Flow, values: Sequence[ir.Value], axis: int) -> Blocks | None:
@@ -279,8 +301,8 @@ def _gather_block(
 ) -> Blocks:
     place = block.axes.index(axis)
     labels = block.labels.take(known.astype(np.int64), axis=place)
-    if known.ndim == 0 and block.labels.ndim == 1:
-        flow.freeze(labels, node, "INDEXED", "is taken by its position")
+    if known.size == 1 and block.labels.ndim == 1 and block.labels.size > 1:
+        flow.take(node, node.outputs[0], int(labels.reshape(-1)[0]), axis)
         return BARE
     flow.keep(labels)
     taken = list(range(axis, axis + known.ndim))
@@ -436,10 +458,34 @@ def rewrite_pad(surgeon: Surgeon, node: ir.Node) -> None:
     surgeon.set_input(node, 1, [front[a] for a in places] + [back[a] for a in places])
 
 
-register("Slice", "indexing", couple_slice, rewrite=rewrite_slice, reads=(0,), moves=True)
-register("Split", "indexing", couple_split, rewrite=rewrite_split, reads=(0,), moves=True)
-register("Concat", "indexing", couple_concat)
-register("Gather", "indexing", couple_gather, rewrite=rewrite_gather, reads=(0,), moves=True)
-register("GatherND", "indexing", couple_gather_nd, reads=(0,))
-register("ScatterND", "indexing", couple_scatter_nd, reads=(0, 2))
+register(
+    "Slice",
+    "indexing",
+    couple_slice,
+    rewrite=rewrite_slice,
+    void=void.of_first,
+    reads=(0,),
+    moves=True,
+)
+register(
+    "Split",
+    "indexing",
+    couple_split,
+    rewrite=rewrite_split,
+    void=void.of_first,
+    reads=(0,),
+    moves=True,
+)
+register("Concat", "indexing", couple_concat, void=void.of_all)
+register(
+    "Gather",
+    "indexing",
+    couple_gather,
+    rewrite=rewrite_gather,
+    void=void.taken,
+    reads=(0,),
+    moves=True,
+)
+register("GatherND", "indexing", couple_gather_nd, void=void.taken, reads=(0,))
+register("ScatterND", "indexing", couple_scatter_nd, void=void.written, reads=(0, 2))
 register("Pad", "indexing", couple_pad, rewrite=rewrite_pad, reads=(0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling import labels as lab
 from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
+from secateur.graphops.coupling.void import of_first
 from secateur.graphops.rules.attributes import integer, integers, integers_at, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -157,12 +159,11 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
     return _set(flow, node, tuple(blocks))
 
 
-register("Transpose", "movement", couple_transpose, reads=(0,), moves=True)
-register("Squeeze", "movement", couple_squeeze, reads=(0,), moves=True)
-register("Unsqueeze", "movement", couple_unsqueeze, reads=(0,), moves=True)
-register("Flatten", "movement", couple_reshape, reads=(0,), moves=True)
-register(
-    "Reshape", "movement", couple_reshape, rewrite=rewrite_reshape, since=5, reads=(0,), moves=True
-)
-register("Expand", "movement", couple_expand, rewrite=rewrite_expand, reads=(0,), moves=True)
-register("Tile", "movement", couple_tile, reads=(0,), moves=True)
+_move = functools.partial(register, family="movement", void=of_first, reads=(0,), moves=True)
+_move("Transpose", couple=couple_transpose)
+_move("Squeeze", couple=couple_squeeze)
+_move("Unsqueeze", couple=couple_unsqueeze)
+_move("Flatten", couple=couple_reshape)
+_move("Reshape", couple=couple_reshape, rewrite=rewrite_reshape, since=5)
+_move("Expand", couple=couple_expand, rewrite=rewrite_expand)
+_move("Tile", couple=couple_tile)

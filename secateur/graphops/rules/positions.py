@@ -7,6 +7,7 @@ from collections.abc import Collection, Hashable
 import numpy as np
 import onnx_ir as ir
 
+from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Block, single
 from secateur.graphops.rules.attributes import integer, operand, rank
@@ -144,6 +145,11 @@ def couple_tensor_scatter(flow: Flow, node: ir.Node) -> None:
     flow.set(node.outputs[0], flow.meet(node, [(0, letters), (1, letters)], result))
 
 
+def couple_nonzero(flow: Flow, node: ir.Node) -> None:
+    """Its answers are positions by their numbers."""
+    flow.freeze_value(node.inputs[0], node, "INDEXED", "its positions are the answer")
+
+
 def couple_columns(flow: Flow, node: ir.Node) -> None:
     """Col2Im reads axis 1 as (channels, block): a channel goes with its whole block."""
     value, block = node.inputs[0], flow.value(node.inputs[2])
@@ -169,6 +175,8 @@ register("CumProd", "positions", couple_cumulative, reads=(0,))
 register("DFT", "positions", couple_dft, reads=(0,))
 register("Compress", "positions", couple_compress, reads=(0,))
 register("OneHot", "positions", couple_one_hot, rewrite=rewrite_one_hot, reads=(0,))
-register("GatherElements Scatter ScatterElements", "positions", couple_elements)
+register("GatherElements", "positions", couple_elements, void=void.taken)
+register("Scatter ScatterElements", "positions", couple_elements, void=void.written)
+register("NonZero", "positions", couple_nonzero, void=void.found)
 register("TensorScatter", "positions", couple_tensor_scatter, reads=(0, 1))
 register("Col2Im", "positions", couple_columns, reads=(0,))

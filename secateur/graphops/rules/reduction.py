@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.void import summed
 from secateur.graphops.rules.attributes import integer, integers_at, operand, rank
 from secateur.graphops.rules.registry import register
 
@@ -99,7 +100,7 @@ def couple_cumsum(flow: Flow, node: ir.Node) -> None:
     return flow.set(node.outputs[0], flow.blocks(value))
 
 
-register(EXACT, "reduction", couple_exact, reads=(0,))
+register(EXACT, "reduction", couple_exact, void=summed, reads=(0,))
 register(INEXACT, "reduction", couple_inexact, reads=(0,))
 register("Softmax LogSoftmax", "reduction", couple_softmax, reads=(0,))
 register("Hardmax", "reduction", couple_softmax, reads=(0,))

@@ -3,9 +3,9 @@
 Everything the engine knows about an operator is one `register` call in one file of this folder:
 how labels pass through (`couple`), how the node is rewritten when labels go (`rewrite`, only
 where slicing its constants is not enough), what it costs (`macs`), and whether it is a matrix
-product that can be refitted (`linear`) or ends in a scale and a shift (`affine`), and beyond what
-its output stands still (`flat`). An operator without a rule is not guessed at: whatever reaches it
-is frozen and the report says so.
+product that can be refitted (`linear`) or ends in a scale and a shift (`affine`), beyond what its
+output stands still (`flat`), and what it makes of nothing (`void`). An operator without a rule is
+not guessed at: whatever reaches it is frozen and the report says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from secateur.graphops.coupling.flow import Flow
     from secateur.graphops.coupling.units import Axis
+    from secateur.graphops.coupling.void import Passes
     from secateur.graphops.rules.linear import Linear
     from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -43,6 +44,8 @@ class Rule:
             run, one of each per channel, applied last; None where the node does not end so.
         flat: below and above which inputs the output no longer changes, for operators that work
             position by position; None where it always does.
+        void: what the outputs hold, or which input they equal, where others hold nothing (see
+            `coupling.branches`); None where that is not known.
         roles: input index → what that parameter is (`scale` of a BatchNormalization).
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
@@ -58,6 +61,7 @@ class Rule:
     linear: Linear | None
     affine: int | None
     flat: Flat | None
+    void: Passes | None
     roles: dict[int, str]
     reads: tuple[int, ...] | None
     moves: bool
@@ -82,6 +86,7 @@ def register(
     linear: Linear | None = None,
     affine: int | None = None,
     flat: Flat | None = None,
+    void: Passes | None = None,
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
     moves: bool = False,
@@ -111,6 +116,7 @@ def register(
                 linear,
                 affine,
                 flat,
+                void,
                 roles or {},
                 reads,
                 moves,

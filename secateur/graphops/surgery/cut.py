@@ -38,7 +38,10 @@ def cut(
     Returns:
         the new model, and what was kept of each changed constant.
     """
-    result = model.clone()
+    result, before = model.clone(), unread(model.graph)
+    if coupling.joins:
+        _end_branches(result.graph, coupling, keep)
+        drop_unread(result.graph, before)
     surgeon = Surgeon(result, coupling, keep)
     nodes = list(walk(result.graph))
     for node in nodes:
@@ -49,13 +52,46 @@ def cut(
     kept = _slice_constants(owners, nodes, surgeon)
     _resize_values(owners, nodes, surgeon)
     _merge_copies(result.graph, kept, copies)
-    drop_unread(result.graph, unread(model.graph))
+    drop_unread(result.graph, before)
     entries = tuple(
         KeptTensor(tensor=name, source=copies.get(name, name), axes=axes)
         for name, axes in kept.items()
         if axes
     )
     return result, entries
+
+
+def _end_branches(graph: ir.Graph, coupling: Coupling, keep: Mask) -> None:
+    """Joins do without the branches that go."""
+    ends = [join for join in coupling.joins if not keep[list(join.labels)].any()]
+    names = {str(join.node.outputs[0].name) for join in ends}
+    nodes = {name: n for n in graph if n.outputs and (name := str(n.outputs[0].name)) in names}
+    dropped: dict[str, set[int]] = {}
+    for join in ends:  # in the order of the graph: the next join reads what this one leaves
+        name = str(join.node.outputs[0].name)
+        if join.left is not None:
+            _pass_on(nodes[name], join.left)
+        elif join.without is not None:
+            dropped.setdefault(name, set()).add(join.without)
+    for name, indices in dropped.items():
+        node = nodes[name]
+        stay = [value for index, value in enumerate(node.inputs) if index not in indices]
+        for index, value in enumerate(stay):
+            node.replace_input_with(index, value)
+        node.resize_inputs(len(stay))
+
+
+def _pass_on(node: ir.Node, index: int) -> None:
+    """Has readers of a node read one of its inputs; it becomes an Identity where callers do."""
+    left, output = node.inputs[index], node.outputs[0]
+    assert left is not None
+    if output.is_graph_output():
+        node.op_type = "Identity"
+        node.attributes.clear()
+        node.replace_input_with(0, left)
+        node.resize_inputs(1)
+    else:
+        output.replace_all_uses_with(left)
 
 
 def _rewrite(rewrite: Rewrite, surgeon: Surgeon, node: ir.Node) -> None:

@@ -53,6 +53,11 @@ class Surgeon:
             known = self._masks[name] = {axis: mask for axis, mask in found if not mask.all()}
         return known
 
+    def numbered(self, value: ir.Value | None) -> Mask | None:
+        """Which of the positions stay that integers name; None where they name none."""
+        units = self._coupling.numbers.get("" if value is None else value.name or "")
+        return None if units is None else self._keep[units]
+
     def changed_sizes(self, value: ir.Value | None) -> dict[int, int]:
         """axis → new size, for the axes that lose positions."""
         return {axis: int(np.count_nonzero(mask)) for axis, mask in self.masks(value).items()}
