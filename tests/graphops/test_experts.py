@@ -23,9 +23,9 @@ E, D, H, T, K = 6, 8, 12, 10, 2  # experts, width, width inside, tokens, experts
 Mixture = Callable[[Net, str, str], str]  # tokens (T, D), logits (T, E) → (T, D)
 
 
-def model(mixture: Mixture, router: np.ndarray | None = None) -> bytes:
+def model(mixture: Mixture, router: np.ndarray | None = None, ir: int | None = None) -> bytes:
     """Tokens → a dense layer → the mixture → a dense layer; the router's bias is `router`."""
-    net = Net()
+    net = Net(ir=ir)
     net.domains["com.microsoft"] = 1
     x = net.op("Tanh", net.dense(net.input("x", [T, D]), D, D))
     logits = net.op("MatMul", x, net.floats(D, E, name="router"))
@@ -403,6 +403,13 @@ def _frozen(mixture: Mixture) -> dict[str, str]:
     result = lawful(model(mixture), target={"channels": 0.5})
     assert all(group.kind != "expert" for group in result.report.groups)
     return {f.node: f.detail for f in result.report.frozen if f.code == "INDEXED"}
+
+
+def test_weights_listed_as_inputs_go_with_their_branch() -> None:
+    result = lawful(model(sliced, ir=3), granularity=["expert"], target={"channels": 0.5})
+    graph = onnx.load_from_string(result.model).graph
+    assert {tensor.name for tensor in graph.initializer} < {value.name for value in graph.input}
+    assert sum(tensor.dims == [D, H] for tensor in graph.initializer) == E // 2
 
 
 def test_what_two_branches_share_goes_with_both() -> None:

@@ -41,7 +41,7 @@ def cut(
     result, before = model.clone(), unread(model.graph)
     if coupling.joins:
         _end_branches(result.graph, coupling, keep)
-        drop_unread(result.graph, before)
+        drop_unread(result.graph, before, listed=True)
     surgeon = Surgeon(result, coupling, keep)
     nodes = list(walk(result.graph))
     for node in nodes:
@@ -196,18 +196,23 @@ def unread(graph: ir.Graph) -> set[str]:
     return nodes | {str(name) for name, value in graph.initializers.items() if not value.uses()}
 
 
-def drop_unread(graph: ir.Graph, before: set[str]) -> None:
-    """Removes shape arithmetic whose readers now read constants; what was dead before stays.
+def drop_unread(graph: ir.Graph, before: set[str], *, listed: bool = False) -> None:
+    """Removes what lost its readers (branches, shape arithmetic); what was dead before stays.
 
     Args:
         graph: of the result.
         before: names of what nothing read in the original.
+        listed: whether initializers go that the graph lists among its inputs (old IR).
     """
     for node in reversed(list(graph)):
         dead = not any(output.uses() or output.is_graph_output() for output in node.outputs)
         if dead and str(node.outputs[0].name) not in before:
             graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
-        listed = value.is_graph_output() or value.is_graph_input()
-        if not value.uses() and not listed and name not in before:
-            del graph.initializers[name]
+        if value.uses() or value.is_graph_output() or name in before:
+            continue
+        if value.is_graph_input():
+            if not listed:
+                continue
+            graph.inputs.remove(value)
+        del graph.initializers[name]
