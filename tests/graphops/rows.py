@@ -1213,6 +1213,14 @@ def _softmax(op: str, axis: int | None, opset: int, exact: bool, form: str) -> N
     rows(op, {form: on_image(op, **options)}, opset=opset, exact=exact)
 
 
+@row("Softmax", "of every head")
+def _(net: Net) -> str:
+    """A kernel for each head and token, as ConvBERT's: whole heads go, and each is as it was."""
+    kernels = net.op("Reshape", sequence(net, 12), net.ints(-1, 3))  # (2 · T · 4, 3)
+    y = net.op("Softmax", kernels, axis=1, name=SUBJECT)
+    return sequence_end(net, net.op("Reshape", y, net.ints(2, T, 12)), 12)
+
+
 for _op in ("Softmax", "LogSoftmax", "Hardmax"):
     _softmax(_op, -1, 13, True, "space")
     _softmax(_op, None, 13, True, "default axis")

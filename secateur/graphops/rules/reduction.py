@@ -53,12 +53,15 @@ def couple_softmax(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
-    """A Softmax as defined before opset 13, or since."""
+    """A Softmax as defined before opset 13, or since. Of a joint block (a kernel for each head)
+    whole rows go, and none that stays changes."""
     value, size = node.inputs[0], rank(flow, node.inputs[0])
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     axis = integer(node, "axis", 1 if old else -1) % max(size, 1)
     for other in range(axis, size if old else axis + 1):
+        if any(other in block.axes and len(block.axes) > 1 for block in flow.blocks(value)):
+            flow.freeze_axis(value, other, node, "ORDERED", "is compared")
         if flow.axis(value, other) is not None:
             flow.contract(node, 0, other, exact=False, chosen=0)
     return flow.set(node.outputs[0], flow.blocks(value))
