@@ -1,12 +1,14 @@
 """A store's life, ended at each of its writes: run by test_faults.py in a process of its own.
 
-    python faults.py kill|full FOLDER
+    python faults.py kill|full|shared FOLDER
 
 What a server does to its storage is done in a forked child. A hook counts everything that writes
 (files by Python's audit events, SQL by SQLite's trace) and, at number N, ends the child on the spot
-(`kill`) or says that the disk is full (`full`). Then the next server opens what is left, and must
-find everything that the one before told of, and nothing half. N goes from 1 until the child gets
-through. Prints one JSON document: how many points there were, and what was wrong at which.
+(`kill`) or says that the disk is full (`full`). `shared` is `kill` where the state is shared: there
+what is counted is before and after each write to the object store. Then the next server opens what
+is left, and must find everything that the one before told of, and nothing half. N goes from 1 until
+the child gets through. Prints one JSON document: how many points there were, and what was wrong at
+which.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from secateur.operation import State
+from secateur.service import shared
 from secateur.service.blobs import BlobName, BlobStore, Upload
 from secateur.service.errors import CallError
 from secateur.service.operations import Repository
+from secateur.service.shared import SharedRepository
 
 CONTENT = bytes(range(256)) * 40
 HALF = 9000  # bytes
@@ -36,9 +41,13 @@ KILLED = 9
 Tell = Callable[..., None]
 
 
-def opened(folder: pathlib.Path) -> tuple[Repository, BlobStore]:
+def opened(folder: pathlib.Path, mode: str) -> tuple[Repository, BlobStore]:
     folder.mkdir(exist_ok=True)
-    repository = Repository(folder / "state", durable=False, ttl_s=1000.0)
+    if mode == "shared":
+        url = f"file://{folder}/shared"
+        repository: Repository = SharedRepository(url, ttl_s=1000.0, lease_s=0.0)
+    else:
+        repository = Repository(folder / "state", durable=False, ttl_s=1000.0)
     store = BlobStore(
         folder, repository, max_bytes=1 << 20, quota=1 << 20, ttl_s=1000.0, durable=False
     )
@@ -86,7 +95,7 @@ def live(repository: Repository, store: BlobStore, tell: Tell) -> None:
 
 def problems(folder: pathlib.Path, mode: str, told: list[list[Any]]) -> list[str]:
     """What the next server misses, or finds half."""
-    repository, store = opened(folder)
+    repository, store = opened(folder, mode)
     records = {record.id: record for record in repository.page("", State, None, 99)}
     found = []
     for name, state in [line[1:] for line in told if line[0] == "operation"]:
@@ -100,7 +109,7 @@ def problems(folder: pathlib.Path, mode: str, told: list[list[Any]]) -> list[str
         for sha256 in [line[1] for line in told if line[0] == "blob"]:
             if repository.use_blob("", sha256) is None:
                 found.append(f"blob {sha256} is lost")
-        if ["arrived"] in told and mode == "kill":  # on a full disk, its end makes room
+        if ["arrived"] in told and mode != "full":  # on a full disk, its end makes room
             upload = store.upload("", RESOURCE, create=False)
             if isinstance(upload, Upload) and upload.committed < HALF:
                 found.append(f"of the upload, {upload.committed} bytes are left")
@@ -126,7 +135,7 @@ def run_child(mode: str, folder: pathlib.Path, point: int, out: int) -> None:
         nonlocal count
         count += 1
         if count == point:
-            if mode == "kill":
+            if mode != "full":
                 os._exit(KILLED)
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -137,40 +146,69 @@ def run_child(mode: str, folder: pathlib.Path, point: int, out: int) -> None:
         if event in WRITES or writes:
             disturb()
 
-    def tell(*line: Any) -> None:
-        os.write(out, json.dumps(line).encode() + b"\n")
+    def disturbed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            disturb()
+            result = method(*args)
+            disturb()
+            return result
 
-    repository, store = opened(folder)
-    if mode == "kill":
+        return call
+
+    repository, store = opened(folder, mode)
+    if isinstance(repository, SharedRepository):
+        repository._put = disturbed(repository._put)  # type: ignore[method-assign]
+        repository._remove = disturbed(repository._remove)  # type: ignore[method-assign]
+    elif mode == "kill":
         repository._connection.set_trace_callback(lambda statement: disturb())
-    sys.addaudithook(hook)
+    if mode != "shared":
+        sys.addaudithook(hook)
     try:
-        live(repository, store, tell)
+        live(repository, store, lambda *line: tell(out, line))
     except (OSError, CallError) as error:
         code = getattr(error, "reason", None) or errno.errorcode[error.errno]
         os._exit(0 if mode == "full" and code in ("STORAGE", "ENOSPC") else 1)
     os._exit(2 if count < point else 0)
 
 
+def tell(out: int, *lines: Any) -> None:
+    for line in lines:
+        os.write(out, json.dumps(line).encode() + b"\n")
+
+
+def forked(function: Callable[[int], None]) -> tuple[list[Any], int]:
+    """What a function tells in a child of its own, and the child's exit code."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        try:
+            function(writing)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [json.loads(line) for line in pipe]
+    _, status = os.waitpid(pid, 0)
+    return told, os.waitstatus_to_exitcode(status)
+
+
 def main() -> None:
     mode, home = sys.argv[1], pathlib.Path(sys.argv[2])
+    shared._EVERY = 4  # snapshots come, and old transactions go, several times in one life
     wrong, point = {}, 0
     while True:
         point += 1
         folder = home / str(point)
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            run_child(mode, folder, point, writing)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            told = [json.loads(line) for line in pipe]
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
+        told, code = forked(lambda out: run_child(mode, folder, point, out))  # noqa: B023
         if code == 2:
             break
-        found = problems(folder, mode, told)
+        # in a child as well: what the object store's client starts here would not survive a fork
+        found, ended = forked(lambda out: tell(out, *problems(folder, mode, told)))  # noqa: B023
+        if ended:
+            found.append(f"the next server ended with {ended}")
         if code not in (0, KILLED):
             found.append(f"ended with {code}")
         if found:

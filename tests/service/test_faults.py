@@ -10,8 +10,10 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize(("mode", "least"), [("kill", 100), ("full", 25)])
+@pytest.mark.parametrize(("mode", "least"), [("kill", 100), ("full", 25), ("shared", 40)])
 def test_nothing_is_lost_at_any_write(mode: str, least: int, tmp_path: pathlib.Path) -> None:
+    if mode == "shared":
+        pytest.importorskip("obstore")
     program = pathlib.Path(__file__).with_name("faults.py")
     done = subprocess.run(
         [sys.executable, program, mode, tmp_path],
