@@ -56,6 +56,35 @@ def test_shape_arithmetic_is_evaluated_and_knows_what_follows_the_input() -> Non
     assert fixed.tolist() == [False, True, True]
 
 
+def test_what_nonzero_finds_follows_the_data() -> None:
+    net = Net()
+    x = net.input("x", ["N", 6])
+    rows = net.op("Slice", net.op("NonZero", x), net.ints(0), net.ints(1), net.ints(0))  # (1, n)
+    tokens = net.op("Gather", x, net.op("Squeeze", rows, net.ints(0)), axis=0)  # (n, 6)
+    sizes = net.op("Concat", net.op("Shape", tokens), net.ints(1), axis=0)
+    y = net.op("Reshape", tokens, sizes)
+    net.output(net.op("ReduceSum", y, net.ints(0), keepdims=0))
+    shapes = shapes_of(net)
+    assert [shapes.is_fixed(y, axis) for axis in range(3)] == [False, True, True]
+    assert (shapes.of(y) or ())[1:] == (6, 1)
+    found, size = zip(shapes.first[y], shapes.second[y], strict=True), shapes.inputs["x"]
+    counts, batches = next(found), (size[0][0], size[1][0])
+    assert (counts[0] or 0) * batches[1] != (counts[1] or 0) * batches[0], "it is no input's size"
+
+
+def test_a_count_that_only_the_model_s_data_make_right_is_left_open() -> None:
+    net = Net()
+    x = net.input("x", ["N", 6])
+    mask = net.op("Greater", net.floats(40, 40), net.const(np.float32(0)))  # too large to follow
+    found = net.op("NonZero", net.op("Slice", mask, net.ints(0), net.ints(3), net.ints(0)))
+    y = net.op("Reshape", found, net.ints(2, 1, -1), name="r")
+    z = net.op("Add", net.op("Cast", y, to=onnx.TensorProto.FLOAT), net.floats(1, 1, 57))
+    net.output(net.op("Add", x, net.op("ReduceSum", z, keepdims=0)))
+    shapes = shapes_of(net)
+    assert shapes.of(found) == (2, None)
+    assert shapes.of(z) is not None
+
+
 def test_nodes_that_are_alike_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     ask = onnx.shape_inference.infer_node_outputs

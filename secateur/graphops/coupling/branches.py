@@ -36,7 +36,8 @@ def follow(flow: Flow) -> None:
     Cost is linear in nodes, and nothing where no position is taken out by itself.
 
     Args:
-        flow: all nodes visited. Gets `parts`, and the joins and contractions that come of it.
+        flow: all nodes visited. Gets `parts` and `routed`, and the joins and contractions that
+            come of it.
     """
     if flow.taken:
         _Walk(flow).run()
@@ -141,6 +142,8 @@ class _Walk:
                 return
             gone = self._unite(node, gone)  # a product of two: nothing without either
         outcome = self._outcome(node, found)
+        if outcome is Void.EMPTY:
+            self._flow.routed.add(node_label(node))
         if isinstance(outcome, Void):
             since = next((one.since for one in found.values() if one.since is not None), None)
             hangs = _Hangs(outcome, gone, since or (node if outcome is Void.OTHER else None))

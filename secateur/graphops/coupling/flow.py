@@ -150,6 +150,7 @@ class Flow:
         graph: of the model, without the bodies of its nodes.
         visit: passes labels through one node; rules of nodes with subgraphs call it inside.
         parts: what goes with labels, by name: constants, and nodes (see `coupling.branches`).
+        routed: nodes, by label, that work on what chose their branch: it goes to others instead.
     """
 
     shapes: Shapes
@@ -174,6 +175,7 @@ class Flow:
     beside: dict[str, tuple[ir.Node, int]] = field(default_factory=dict)
     joins: list[Join] = field(default_factory=list)
     parts: dict[str, frozenset[int]] = field(default_factory=dict)
+    routed: set[str] = field(default_factory=set)
     visit: Callable[[ir.Node], None] = field(default=lambda node: None)
     labels: int = 1  # label 0 is FIXED
     _loose: set[int] = field(default_factory=set)

@@ -8,7 +8,7 @@ one another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -81,6 +81,7 @@ class Coupling:
         joins: where branches end that go with units.
         parts: what such branches hold: names of constants and labels of nodes → the units with
             all of which they go.
+        routed: labels of nodes that work on what chose their branch, and would choose another.
         numbers: tensors that name positions of an axis → the unit of each of those.
     """
 
@@ -94,6 +95,7 @@ class Coupling:
     macs: tuple[MacTerm, ...]
     joins: tuple[Join, ...]
     parts: Mapping[str, Units]
+    routed: Set[str]
     numbers: Mapping[str, Units]
     _blocks: Mapping[str, Blocks]
     _unit_of: Units  # by label
@@ -213,6 +215,7 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
         macs=macs,
         joins=_joins(flow, unit_of),
         parts={name: units for name, units in parts.items() if units[0] != FIXED},
+        routed=flow.routed,
         numbers={name: unit_of[one.labels] for name, one in flow.pointers.items()},
         _blocks=flow.blocks_of,
         _unit_of=unit_of,

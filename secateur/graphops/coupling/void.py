@@ -70,11 +70,13 @@ def summed(flow: Flow, node: ir.Node, states: Sequence[Void]) -> Void:
 
 def multiplied(flow: Flow, node: ir.Node, states: Sequence[Void]) -> Void:
     """A matrix product: of no rows none, of no columns zeros; and a shift, if there is one."""
-    shape = flow.shape(node.inputs[0])
-    rows = states[0] is Void.EMPTY and shape is not None and shape[-1] and len(shape) > 1
-    turned = node.attributes.get("transA")
-    if rows and (turned is None or not turned.as_int()):
-        return Void.EMPTY
+    first, turned = node.inputs[0], node.attributes.get("transA")
+    width = len(flow.shape(first) or ())
+    if states[0] is Void.EMPTY and width > 1 and first is not None and first.name:
+        # what is summed over is the model's own size, so that rows are what there is none of
+        along = width - 2 if turned is not None and turned.as_int() else width - 1
+        if flow.shapes.is_fixed(first.name, along):
+            return Void.EMPTY
     return Void.ZERO if min(states[:2]) <= Void.ZERO and len(states) < 3 else Void.OTHER
 
 

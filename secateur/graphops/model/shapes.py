@@ -43,6 +43,8 @@ _IMAGES = (  # height, width; a line of text is 32 or 48 high
 )
 _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
+# How many positions NonZero is taken to find: a size that follows the data, and no input's size.
+_FOUND = (61, 47)
 _MAKERS = ("ConstantOfShape", "Expand", "Tile")  # of tensors as large as their last input says
 _LARGEST = 1 << 48  # elements of one tensor
 _LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
@@ -110,12 +112,14 @@ def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = 
 def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) -> Shapes:
     skeleton = _Skeleton(model)
     candidates = max(len(_SEQUENCES), len(_IMAGES), len(_AUDIO))
-    for attempt in range(candidates):
+    attempts = [(attempt, (None, None)) for attempt in range(candidates)]
+    counted = [(attempt, _FOUND) for attempt in range(candidates - 1) if skeleton.finds]
+    for attempt, found in [*counted, *attempts]:
         last = attempt == candidates - 1
         bindings = _bindings(model.graph, attempt, given, alone=last)
         try:
-            first = skeleton.infer(bindings[0], strict=not last)
-            second = skeleton.infer(bindings[1], strict=not last)
+            first = skeleton.infer(bindings[0], found[0], strict=not last)
+            second = skeleton.infer(bindings[1], found[1], strict=not last)
         except _InvalidBinding:
             continue
         if skeleton.impossible and bindings[0] == bindings[1]:
@@ -230,6 +234,7 @@ class _Facts:
         others: serialised types of what is no tensor.
         shapes: None where not even the rank is known.
         values: small constants and shape arithmetic.
+        found: how many positions NonZero finds; None where that is left open.
         strict: whether sizes that contradict the model end the walk.
     """
 
@@ -237,6 +242,7 @@ class _Facts:
     others: dict[str, bytes]
     shapes: dict[str, Shape | None]
     values: dict[str, Array]
+    found: int | None
     strict: bool
 
     def type_of(self, name: str) -> _Type | None:
@@ -278,6 +284,7 @@ class _Skeleton:
         self.impossible = ""  # the last node of the main graph whose result has a negative size
         self._bodies: dict[ir.Graph, list[_Step]] = {}
         self._steps = self._read(graph)
+        self.finds = any(step.op_type == "NonZero" for step in self._steps)
 
     def _read(self, graph: ir.Graph) -> list[_Step]:
         """The nodes of a graph that are not constants, and of its subgraphs on the way."""
@@ -351,7 +358,7 @@ class _Skeleton:
         return True
 
     def infer(
-        self, binding: Mapping[str, tuple[int, ...]], strict: bool
+        self, binding: Mapping[str, tuple[int, ...]], found: int | None, strict: bool
     ) -> tuple[dict[str, Shape], dict[str, Array], dict[str, int]]:
         """Shapes, values and element types under one binding.
 
@@ -359,7 +366,7 @@ class _Skeleton:
             _InvalidBinding: with `strict`, when the sizes contradict the model.
         """
         facts = _Facts(
-            dict(self._elements), {}, {**self._sizes, **binding}, dict(self._known), strict
+            dict(self._elements), {}, {**self._sizes, **binding}, dict(self._known), found, strict
         )
         for name, shape in binding.items():
             if len(shape) == 1 and shape[0] > _LONGEST_SHAPE:
@@ -387,6 +394,12 @@ class _Skeleton:
                     facts.values[result.name] = facts.values[inner.name]
         if facts.strict and (check := _CHECKS.get(step.op_type)) is not None:
             check(step, facts.shapes, facts.values)
+        if step.op_type == "NonZero" and facts.found is not None and step.inputs:
+            shape = facts.shapes.get(step.inputs[0])
+            if shape is not None and step.outputs:
+                facts.elements[step.outputs[0]] = onnx.TensorProto.INT64
+                facts.shapes[step.outputs[0]] = (len(shape), facts.found)
+                return
         if step.bodies and all(_is_complete(facts.shapes.get(n)) for n in step.outputs if n):
             return
         if not self._infer_contrib(step, facts):

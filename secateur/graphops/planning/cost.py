@@ -44,9 +44,13 @@ class Cost:
 
 
 def macs(coupling: Coupling) -> Cost:
-    """Multiply-accumulates of one forward pass, of one sample where the batch is free."""
-    divisor = _batch(coupling)
-    return _cost(coupling, [(term.node, 1 / divisor, term.axes) for term in coupling.macs])
+    """Multiply-accumulates of one forward pass, of one sample where the batch is free.
+
+    Experts that work on the tokens that chose them save none when they go: others get the tokens.
+    """
+    share, routed = 1 / _batch(coupling), coupling.routed
+    terms = [("" if t.node in routed else t.node, share, t.axes) for t in coupling.macs]
+    return _cost(coupling, terms)
 
 
 def params(coupling: Coupling) -> Cost:
