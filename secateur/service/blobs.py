@@ -348,7 +348,8 @@ class BlobStore:
     def sweep(self) -> None:
         """Removes blobs and uploads that nobody used for a while, and no operation needs."""
         self._evict(unused_s=self._ttl_s)
-        self._remove_strays()
+        if self._repository.lease_s is not None:
+            self._remove_strays()
         now = self.now()
         with self._lock:
             idle = [u for u in self._uploads.values() if u.touched < now - self._ttl_s]
@@ -420,8 +421,8 @@ class BlobStore:
             raise CallError(code, "DISK_QUOTA", text, retry_s=_ROOM_RETRY_S)
 
     def _remove_strays(self) -> None:
-        """Removes files without a row: of a server that was killed in between, or evicted by one
-        that shares the repository."""
+        """Removes files without a row: one of a server that was killed in between, or one whose row
+        another server took away that shares them."""
         with self._naming:
             known = self._repository.blobs()
             for path in self._blobs.glob("*/*"):

@@ -147,7 +147,7 @@ class ServerConfig(BaseModel):
     )
     lease_s: float = Field(
         15.0,
-        gt=0,
+        ge=1,
         description="Time without a sign of life of a server after which others run what it ran, "
         "where operations are shared.",
     )

@@ -340,16 +340,19 @@ class Repository:
                 raise CallError(grpc.StatusCode.FAILED_PRECONDITION, "NOT_DONE", text)
             sql("DELETE FROM operations WHERE id = ?", name)
 
-    def recover(self, max_attempts: int, error: bytes) -> None:
+    def recover(self, max_attempts: int, error: bytes) -> list[str]:
         """What a server ran that is no more waits again, or fails when it ran too often.
 
         Args:
             max_attempts: how often an operation may run.
             error: the google.rpc.Status of those that may not again.
+
+        Returns:
+            Ids of both.
         """
         with self._transaction() as sql:
-            now = self.now()
-            for name in self._abandoned(sql):
+            now, abandoned = self.now(), self._abandoned(sql)
+            for name in abandoned:
                 sql(
                     "UPDATE operations SET state = ?, error = ?, ended = ?, expires = ?"
                     " WHERE id = ? AND attempts >= ?",
@@ -364,6 +367,7 @@ class Repository:
                 "DELETE FROM needs WHERE operation IN (SELECT id FROM operations WHERE state = ?)",
                 State.FAILED,
             )
+            return abandoned
 
     def _abandoned(self, sql: Any) -> list[str]:
         """Operations that a server ran which is no more: any other, since no two have one file."""

@@ -165,7 +165,10 @@ class Runner:
     def _recover(self) -> None:
         text = f"the server ended {self._max_attempts} times while this operation ran"
         failure = _wire.failure_to_status(grpc.StatusCode.ABORTED, text, "TOO_MANY_ATTEMPTS", "")
-        self._repository.recover(self._max_attempts, failure.SerializeToString())
+        for name in self._repository.recover(self._max_attempts, failure.SerializeToString()):
+            log.warning(
+                "the server that ran an operation is gone", extra=logs.fields(operation=name)
+            )
 
     def _drop_all(self) -> None:
         for task in self._tasks.values():

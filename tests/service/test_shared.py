@@ -18,7 +18,9 @@ from conftest import Server, frozen, is_gone, perceptron, wait_for
 import secateur
 from secateur import Recipe
 from secateur.operation import State
+from secateur.service.blobs import BlobStore
 from secateur.service.errors import CallError
+from secateur.service.remote import RemoteBlobs
 from secateur.service.shared import SharedRepository
 
 pytest.importorskip("obstore")
@@ -106,9 +108,10 @@ def test_what_a_silent_server_ran_is_run_by_another(another: Another) -> None:
         dead.beat({})
     living.catch_up()
     assert living.get("", name).state is State.RUNNING
-    living.recover(9, b"")
+    assert living.recover(9, b"") == []
     time.sleep(0.3)
-    living.recover(9, b"")
+    assert living.recover(9, b"") == [name]
+    assert living.recover(9, b"") == []
     again = living.claim()
     assert again is not None and (again.id, again.attempts) == (name, 2)
     # the one that was thought dead has nothing to say any more
@@ -171,6 +174,34 @@ def test_an_answer_that_got_lost_is_written_once(
     monkeypatch.setattr(one, "_put", repeated)
     more = add(one)
     assert [record.id for record in two.page("", State, None, 9)] == [more, name]
+
+
+def test_blobs_that_one_server_evicts_leave_the_folders_of_all(
+    url: str, another: Another, tmp_path: pathlib.Path
+) -> None:
+    stores, repositories = [], [another(), another()]
+    for name, repository in zip("ab", repositories, strict=True):
+        stores.append(
+            BlobStore(
+                tmp_path / name,
+                repository,
+                max_bytes=1 << 20,
+                quota=1 << 20,
+                ttl_s=60.0,
+                durable=True,
+                remote=RemoteBlobs(url),
+            )
+        )
+    kept, gone = (stores[0].adopt_bytes("", content) for content in (b"kept", b"gone"))
+    for blob in (kept, gone):  # the other one fetches them
+        repositories[1].catch_up()
+        assert stores[1].get("", blob).read_bytes() in (b"kept", b"gone")
+    add(repositories[0], needs=[kept.sha256])
+    assert repositories[0].evict() == [gone.sha256]
+    repositories[1].catch_up()
+    stores[1].sweep()
+    assert [path.name for path in (tmp_path / "b" / "blobs").glob("*/*")] == [kept.sha256]
+    assert stores[1].get("", gone).read_bytes() == b"gone"  # the object store forgets nothing
 
 
 def test_a_store_that_lost_what_it_had_is_not_begun_anew(
