@@ -73,7 +73,7 @@ class Recipe(BaseModel):
             as closely as one unit, rounding step or region allows. Several: all hold. Empty
             where only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
-            data, and the last two the extra `gradients`. None: `reconstruction` with calibration
+            data. None: `reconstruction` with calibration
             data, else `l2`.
         reduction: of what the tensors that one unit runs through say of it, for criteria that
             score tensors: norms, scales, distances, activations.

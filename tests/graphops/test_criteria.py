@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -242,14 +241,6 @@ def test_derivatives_are_those_of_scaling_what_consumers_read() -> None:
 def test_taylor_needs_two_samples() -> None:
     with pytest.raises(Refused, match="at least 2"):
         scores(model(), "taylor", {"x": two_samples()["x"][:1]})
-
-
-@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
-def test_derivatives_need_their_extra(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx_ad", None)
-    with pytest.raises(Refused, match=r"secateur\[gradients\]") as caught:
-        prune(model(), criterion=criterion, calibration=two_samples())
-    assert caught.value.refusal.code is Code.INVALID_RECIPE
 
 
 def test_operators_without_a_derivative_are_named() -> None:

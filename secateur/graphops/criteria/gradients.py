@@ -1,6 +1,6 @@
 """Derivatives by gates: a factor of 1 on each unit where its consumers read it.
 
-Reverse mode on the ONNX graph itself (onnx-ad, in the extra `gradients`), run in ONNX Runtime one
+Reverse mode on the ONNX graph itself (`calibration.derivatives`), run in ONNX Runtime one
 sample at a time:  ∂(sᵀy)/∂g(u)  for the outputs y of one sample and a direction s of the caller's.
 A gate of 0 is the cut, by the law: at nodes that sum over the units, and only there.
 """
@@ -18,12 +18,13 @@ import onnxruntime as ort
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Array, Feeds
+from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, freeze, reverse
 from secateur.graphops.criteria.context import Context
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.verify.runtime import open_session
 
 SAMPLES = 64  # at most; each costs several forward passes
-_GATE, _SEED = "secateur_gate_", "adj_"  # the second is onnx-ad's
+_GATE = "secateur_gate_"
 
 Gradient = npt.NDArray[np.float64]
 # From the number of a sample, s: arrays like its outputs.
@@ -44,14 +45,17 @@ class Gates:
         """Runs the model on the samples.
 
         Raises:
-            Refused: `INVALID_CALIBRATION` without calibration data, `INVALID_RECIPE` without
-                onnx-ad, where it has no rule for an operator, or where no output is of floats.
+            Refused: `INVALID_CALIBRATION` without calibration data, `INVALID_RECIPE` where
+                an operator has no derivative, or where no output is of floats.
         """
         self._context = context
         self._feeds = _samples(context, criterion)
         proto = ir.to_proto(self_contained(context.model.clone()))
         self._places = _insert_gates(context, proto)
-        _freeze(proto, self._feeds[0], criterion)
+        try:
+            freeze(proto, self._feeds[0])
+        except NoDerivative as error:
+            raise _impossible(criterion, str(error)) from error
         kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.output}
         floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
         self._names = [name for name, kind in kinds.items() if kind in floats]
@@ -77,10 +81,10 @@ class Gates:
         Args:
             direction: s of a sample.
         """
-        wanted = [f"{_SEED}{_GATE}{index}" for index in range(len(self._places))]
+        wanted = [f"{PREFIX}{_GATE}{index}" for index in range(len(self._places))]
         for sample, feeds in enumerate(self._feeds):
             seeds = {
-                f"{_SEED}{name}": array[..., None]
+                f"{PREFIX}{name}": array[..., None]
                 for name, array in zip(self._names, direction(sample), strict=True)
             }
             found = self._session.run(wanted, {**feeds, **self._gates, **seeds})
@@ -149,87 +153,12 @@ def _insert_gates(context: Context, proto: onnx.ModelProto) -> list[tuple[str, i
     return list(gates)
 
 
-def _freeze(proto: onnx.ModelProto, feeds: Feeds, criterion: str) -> None:
-    """Gives inputs the shapes of a sample, and every tensor the one that follows; in place."""
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [value for value in proto.graph.input if value.name not in constants]
-    for value in inputs:
-        if value.name in feeds:
-            kind, shape = value.type.tensor_type.elem_type, feeds[value.name].shape
-            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shape))
-    del proto.graph.input[:]
-    proto.graph.input.extend(inputs)
-    del proto.graph.value_info[:]
-    for value in proto.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-    except Exception as error:
-        raise _impossible(criterion, f"shapes cannot be inferred: {error}") from error
-    _replace_strides(proto)
-
-
-def _replace_strides(proto: onnx.ModelProto) -> None:
-    """Makes strided slices Gathers, in place: onnx-ad has a derivative of those only."""
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*proto.graph.value_info, *proto.graph.input)
-    }
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
-        bounds = [constants[name] for name in node.input[1:] if name in constants]
-        if node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
-            nodes += _gathers(proto, node, bounds, shapes[node.input[0]])
-        else:
-            nodes.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-
-
-def _gathers(
-    proto: onnx.ModelProto, node: onnx.NodeProto, bounds: list[Array], shape: list[int]
-) -> Iterator[onnx.NodeProto]:
-    """A Slice, one axis after another; its indices become initializers.
-
-    Args:
-        bounds: starts, ends, axes, steps.
-        shape: of its input.
-    """
-    x = node.input[0]
-    rows = list(zip(*(bound.tolist() for bound in bounds), strict=True))
-    for place, (start, end, axis, step) in enumerate(rows):
-        output = node.output[0] if place == len(rows) - 1 else f"{node.output[0]}_{place}"
-        indices = np.arange(shape[axis])[start:end:step]
-        constant = onnx.numpy_helper.from_array(indices, f"{output}_indices")
-        proto.graph.initializer.append(constant)
-        yield onnx.helper.make_node("Gather", [x, constant.name], [output], axis=axis)
-        x = output
-
-
 def _derive(
     proto: onnx.ModelProto, outputs: list[str], gates: int, criterion: str
 ) -> ort.InferenceSession:
     """A session of the model with the derivative of each gate as an output."""
     try:
-        import onnx_ad
-    except ImportError:
-        raise refuse(
-            Code.INVALID_RECIPE,
-            f"criterion {criterion} needs the package onnx-ad",
-            expected="onnx-ad, in the extra `gradients`",
-            found="not installed",
-            hint="Install secateur[gradients], or use reconstruction.",
-        ) from None
-    try:
-        derived = onnx_ad.reverse(
-            proto,
-            inputs=[f"{_GATE}{index}" for index in range(gates)],
-            outputs=outputs,
-            layout="onnx",
-        )
+        derived = reverse(proto, [f"{_GATE}{index}" for index in range(gates)], outputs)
         return open_session(derived.SerializeToString())
     except Exception as error:
         raise _impossible(criterion, str(error)) from error
