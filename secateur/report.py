@@ -255,7 +255,8 @@ class RepairStep(_Value):
         error_before, error_after: E‖y − ŷ‖² / Var(y) of the node's output on calibration batches
             that its fit did not see.
         method: what was fitted: weight and bias (`refit`); where that does not apply, scale and
-            shift per channel (`scale_shift`), or one of them (`scale`, `shift`).
+            shift per channel (`scale_shift`), or one of them (`scale`, `shift`); or the layers of
+            a block together, of which `node` is the last (`joint`).
     """
 
     node: str

@@ -40,7 +40,7 @@ class Network:
         self._model = model
         self._nodes = list(model.graph)
         self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._last_use = _last_uses(self._nodes)
+        self._last_use = last_uses(self._nodes)
         self._at = 0  # nodes before it have run
         self._held: list[Feeds] = [dict(batch) for batch in batches]
         self._hold = hold
@@ -89,8 +89,8 @@ class Network:
             held[batch] = {**{name: values[name] for name in kept}, **found}
         self._at = stop
 
-    def _model_of(self, names: Sequence[str]) -> tuple[bytes, list[str]]:
-        """A model of the nodes between here and `names`; and the inputs it takes."""
+    def graph(self, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
+        """A model of the nodes between here and tensors; and the inputs it takes."""
         given = self._held[0]
         wanted, nodes = set(names), []
         for place in range(len(self._nodes) - 1, -1, -1):
@@ -116,9 +116,10 @@ class Network:
                 release(constant)
         outputs = [name for name in names if name not in given]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-        return proto.SerializeToString(), inputs
+        return proto, inputs
 
-    def _values(self, batch: int) -> Feeds:
+    def values(self, batch: int) -> Feeds:
+        """What is held of a batch."""
         return self._held[batch]
 
 
@@ -131,19 +132,19 @@ class Piece:
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
         self._network = network
-        self._given = [name for name in names if name in network._values(0)]
-        self._computed = [name for name in names if name not in network._values(0)]
+        self._given = [name for name in names if name in network.values(0)]
+        self._computed = [name for name in names if name not in network.values(0)]
         self._session: ort.InferenceSession | None = None
         if self._computed:
-            model, self._inputs = network._model_of(self._computed)
+            model, self._inputs = network.graph(self._computed)
             try:
-                self._session = open_session(model, spin=False)
+                self._session = open_session(model.SerializeToString(), spin=False)
             except Exception as error:
-                raise does_not_run(error, network._values(0)) from None
+                raise does_not_run(error, network.values(0)) from None
 
     def run(self, batch: int) -> dict[str, Array]:
         """The tensors, by name, of one batch."""
-        values = self._network._values(batch)
+        values = self._network.values(batch)
         found: dict[str, Any] = {name: values[name] for name in self._given}
         if self._session is not None:
             feeds = {name: values[name] for name in self._inputs}
@@ -161,7 +162,8 @@ def read_by(node: ir.Node) -> list[ir.Value]:
     return found + [value for value in captured_by(node) or () if value.name]
 
 
-def _last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
+def last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
+    """By value, the place of the last node that reads it."""
     return {str(value.name): place for place, node in enumerate(nodes) for value in read_by(node)}
 
 

@@ -32,6 +32,7 @@ class Observed:
         batches: feeds.
         seed: of the positions that are sampled.
         tell: told the share of the moments that is gathered.
+        alike: how many batches in a row are of the same samples.
     """
 
     def __init__(
@@ -41,13 +42,20 @@ class Observed:
         batches: Sequence[Feeds],
         seed: int,
         tell: Tell = lambda share: None,
+        alike: int = 1,
     ) -> None:
         self.model = model
         self.coupling = coupling
         self.batches = batches
         self.learnt, self.judges = hold_back(batches, HELD_BACK)
+        self._alike = alike
         self._seed = seed
         self._tell = tell
+
+    def judges_with(self, batch: int) -> bool:
+        """Whether fits are judged by that batch: every fifth, and the last."""
+        place, count = batch // self._alike, len(self.batches) // self._alike
+        return place % HELD_BACK == HELD_BACK - 1 or place == count - 1
 
     @cached_property
     def consumers(self) -> Mapping[str, LinearMap]:

@@ -44,6 +44,7 @@ from secateur.graphops.planning.steps import Mask
 from secateur.graphops.profile import measure
 from secateur.graphops.quantise.quantise import quantise
 from secateur.graphops.repair.expectation import fold
+from secateur.graphops.repair.joint import refit_together
 from secateur.graphops.repair.repair import quantised, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
@@ -242,11 +243,8 @@ def _cut(
             pruned, kept = cut(rest.opened.model, rest.coupling, decision.keep, analysed.copies)
         steps: tuple[RepairStep, ...] = ()
         if recipe.repair and decision.observed is not None:
-            with clock.stage(Stage.REPAIR, "refitting what is left"):
-                tell = functools.partial(clock.tell, Stage.REPAIR)
-                batches = decision.observed.batches
-                original = Observed(analysed.opened.model, rest.coupling, batches, recipe.seed)
-                steps = repair(pruned, original, decision.keep, recipe.seed, tell)
+            batches = decision.observed.batches
+            steps = _repair(analysed, rest, pruned, decision.keep, batches, recipe, clock)
         folded: tuple[Folded, ...] = ()
         if recipe.repair and samples is None:
             with clock.stage(Stage.REPAIR, "moving means into biases"):
@@ -339,6 +337,24 @@ def _labels_count_tokens() -> Refused:
         found="both",
         hint="Score the result with the id map of the report.",
     )
+
+
+def _repair(
+    analysed: Analysed,
+    rest: Analysed,
+    pruned: ir.Model,
+    keep: Mask,
+    batches: Sequence[Feeds],
+    recipe: Recipe,
+    clock: Clock,
+) -> tuple[RepairStep, ...]:
+    """Refits what is left by calibration data, layer by layer and then block by block."""
+    with clock.stage(Stage.REPAIR, "refitting what is left"):
+        original = Observed(analysed.opened.model, rest.coupling, batches, recipe.seed)
+        tell = functools.partial(clock.tell, Stage.REPAIR)
+        steps = repair(pruned, original, keep, recipe.seed, tell)
+    with clock.stage(Stage.REPAIR, "refitting layers together"):
+        return steps + refit_together(pruned, original, keep, recipe.seed, tell)
 
 
 def _fold(analysed: Analysed, pruned: ir.Model, keep: Mask, recipe: Recipe) -> tuple[Folded, ...]:

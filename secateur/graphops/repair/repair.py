@@ -13,7 +13,7 @@ from secateur.graphops import rules
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.calibration.moments import WIDEST, linear_maps, sample_places, width
 from secateur.graphops.calibration.network import Network, Piece
-from secateur.graphops.calibration.observed import HELD_BACK, Observed
+from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, constant_of
@@ -26,7 +26,7 @@ from secateur.report import RepairStep
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.float32]
-_EXACT = 1e-9  # relative error below which nothing has reached the node
+EXACT = 1e-9  # relative error below which nothing has reached the node
 
 
 def repair(
@@ -59,7 +59,7 @@ def repair(
         before.advance(nodes[_y(target)])
         after.advance(target.node)
         flat, whole = _flat_beyond(target, opsets), nodes[_y(target)]
-        given = target, flat, before, after, observed.coupling, keep, seed + place
+        given = target, flat, before, after, observed, keep, seed + place
         gates = isinstance(target, Gates)  # no fit is held: each has sessions of its own
         fitted = _GatesFit(whole, *given).run() if gates else _Fit(*given).run()
         if fitted is not None:
@@ -177,6 +177,22 @@ def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None
     return None if rule is None or rule.flat is None else rule.flat(reader)
 
 
+def kept_positions(array: Array, name: str, coupling: Coupling, keep: Mask) -> Array:
+    """The original's tensor without the positions that went.
+
+    Args:
+        array: the tensor.
+        name: its name.
+        coupling: of the original.
+        keep: per unit whether it stays.
+    """
+    for axis, units in coupling.axes(name).items():
+        mask = keep[units]
+        if not mask.all() and mask.size == array.shape[axis]:
+            array = np.compress(mask, array, axis=axis)
+    return array
+
+
 class _Fit:
     """The fit of one node."""
 
@@ -186,14 +202,15 @@ class _Fit:
         flat: Bounds | None,
         before: Network,
         after: Network,
-        coupling: Coupling,
+        observed: Observed,
         keep: Mask,
         seed: int,
     ) -> None:
         self._target, self._flat, self._y = target, flat, _y(target)
         self._wanted: Piece = before.piece([target.end.observed])
         self._found: Piece = after.piece([target.x, self._y, *target.end.rest])
-        self._coupling, self._keep = coupling, keep
+        self._coupling, self._keep = observed.coupling, keep
+        self._judging = observed.judges_with
         self._generator = np.random.default_rng(seed)
         self._batches = after.batches
 
@@ -207,14 +224,13 @@ class _Fit:
             rows = self._rows(batch, weight.shape)
             if rows is None:
                 return None
-            judging = batch % HELD_BACK == HELD_BACK - 1 or batch == self._batches - 1
-            sums, intervals = (held, loose[1]) if judging else (seen, loose[0])
+            sums, intervals = (held, loose[1]) if self._judging(batch) else (seen, loose[0])
             x, wanted, rest = rows
             sums.add(x, wanted)
             if intervals is not None:
                 intervals.add(x, wanted, rest)
             told = batch == 0 and sums.count
-            if told and sums.error(weight, start) <= _EXACT * max(sums.variance(), 1e-30):
+            if told and sums.error(weight, start) <= EXACT * max(sums.variance(), 1e-30):
                 return None
         if not seen.count or not held.count:
             return None  # one batch, or an expert that none reaches: nothing to judge a fit by
@@ -233,7 +249,8 @@ class _Fit:
         """
         target, (groups, out, entries) = self._target, shape
         values = self._found.run(batch)
-        goal = self._kept(self._wanted.run(batch)[target.end.observed])
+        name = target.end.observed
+        goal = kept_positions(self._wanted.run(batch)[name], name, self._coupling, self._keep)
         y_shape = values[self._y].shape
         rest = [values[name] for name in target.end.rest]
         if any(array.shape != y_shape for array in (goal, *rest)):
@@ -247,14 +264,6 @@ class _Fit:
         x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
         split = (len(places), groups, out)
         return x, aim.reshape(split).transpose(1, 0, 2), added.reshape(split).transpose(1, 0, 2)
-
-    def _kept(self, array: Array) -> Array:
-        """The original's tensor without the positions that went."""
-        for axis, units in self._coupling.axes(self._target.end.observed).items():
-            mask = self._keep[units]
-            if not mask.all() and mask.size == array.shape[axis]:
-                array = np.compress(mask, array, axis=axis)
-        return array
 
 
 class _GatesFit(_Fit):
