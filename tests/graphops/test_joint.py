@@ -1,4 +1,4 @@
-"""Layers refitted together, on nets with known answers."""
+"""Layers refitted together, and samples from mirrors: on nets with known answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from nets import Net
 
 import secateur
+from secateur.graphops.calibration.mirrored import mirror, mirror_axis
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
@@ -203,3 +204,56 @@ def test_batches_of_other_shapes_are_left_out(tmp_path: Any) -> None:
         np.savez(tmp_path / f"{length}.npz", x=array)
     result = pruned(net.bytes(), tmp_path)
     assert joint_steps(result)
+
+
+# -- mirrors -----------------------------------------------------------------------------------
+
+
+def filtered(kernel: list[float], high: int = 1) -> ir.Model:
+    """The energy of what a kernel along the width finds."""
+    net = Net()
+    x = net.input("x", ["N", 1, 12, 12])
+    weight = np.asarray(kernel, np.float32).reshape(1, 1, high, -1)
+    y = net.op("Relu", net.op("Conv", x, net.const(weight, "w")))
+    net.output(net.op("Flatten", net.op("GlobalAveragePool", y)))
+    return open_model(net.bytes()).model
+
+
+def slopes_along_the_width(count: int = 64) -> list[dict[str, np.ndarray]]:
+    """Pictures that get lighter from left to right, some more and some less."""
+    draw = np.random.default_rng(0)
+    steep = draw.uniform(0, 2, (count, 1, 1, 1))
+    pictures = steep * np.arange(12) + 0.1 * draw.standard_normal((count, 1, 12, 12))
+    return [{"x": part.astype(np.float32)} for part in np.split(pictures, 4)]
+
+
+def test_what_the_model_takes_for_the_same_is_mirrored() -> None:
+    batches = slopes_along_the_width()
+    assert mirror_axis(filtered([1, 1]), batches) in (2, 3)
+    assert mirror_axis(filtered([-1, 1]), batches) == 2  # along the width it would see nothing
+
+
+def test_nothing_is_mirrored_that_may_not_be() -> None:
+    draw = np.random.default_rng(0)
+    pictures = draw.standard_normal((64, 1, 12, 12)).astype(np.float32)
+    ramp = np.arange(144, dtype=np.float32).reshape(12, 12)
+    net = Net()
+    net.output(net.op("Flatten", net.op("Mul", net.input("x", ["N", 1, 12, 12]), net.const(ramp))))
+    assert mirror_axis(open_model(net.bytes()).model, [{"x": pictures}]) is None
+    assert mirror_axis(open_model(tower()).model, [rows(32)]) is None  # no direction in rank 2
+
+
+def test_a_mirror_image_is_the_samples_backwards() -> None:
+    batch = slopes_along_the_width()[0]
+    image = mirror(batch, 3)["x"]
+    assert np.array_equal(image[..., ::-1], batch["x"])
+    assert image.flags.c_contiguous
+
+
+def test_images_of_what_judges_do_not_teach() -> None:
+    observed = opened(tower(), rows(200))
+    pairs = [one for batch in observed.batches for one in (batch, batch)]
+    twice = Observed(observed.model, observed.coupling, pairs, seed=0, alike=2)
+    for batch in range(len(observed.batches)):
+        judged = observed.judges_with(batch)
+        assert twice.judges_with(2 * batch) == twice.judges_with(2 * batch + 1) == judged

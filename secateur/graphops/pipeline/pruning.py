@@ -14,6 +14,7 @@ import onnx_ir as ir
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import CalibrationSource, Feeds, Samples, open_calibration
 from secateur.graphops.calibration.labelled import open_labels
+from secateur.graphops.calibration.mirrored import mirror, mirror_axis
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.aside import LARGE, model_beside
@@ -350,7 +351,16 @@ def _repair(
 ) -> tuple[RepairStep, ...]:
     """Refits what is left by calibration data, layer by layer and then block by block."""
     with clock.stage(Stage.REPAIR, "refitting what is left"):
-        original = Observed(analysed.opened.model, rest.coupling, batches, recipe.seed)
+        axis = mirror_axis(analysed.opened.model, batches)
+        if axis is not None:
+            batches = [one for batch in batches for one in (batch, mirror(batch, axis))]
+        original = Observed(
+            analysed.opened.model,
+            rest.coupling,
+            batches,
+            recipe.seed,
+            alike=1 if axis is None else 2,
+        )
         tell = functools.partial(clock.tell, Stage.REPAIR)
         steps = repair(pruned, original, keep, recipe.seed, tell)
     with clock.stage(Stage.REPAIR, "refitting layers together"):
