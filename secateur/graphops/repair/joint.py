@@ -158,8 +158,12 @@ class _JointFit:
         self._open_weights(proto)
         _end_in_error(proto, block.end, aim)
         freeze(proto, {name: network.values(one)[name] for name in self._inputs})
-        self._forward = open_session(proto.SerializeToString())
-        self._backward, self._slopes, self._read = self._derive(proto)
+        try:
+            self._forward = open_session(proto.SerializeToString())
+            self._backward, self._slopes, self._read = self._derive(proto)
+            self._derivatives(one)
+        except Exception as error:  # derivatives that ONNX Runtime does not run are none
+            raise NoDerivative(str(error)) from error
 
     def _open_weights(self, proto: onnx.ModelProto) -> None:
         """Makes inputs of the weights, and of what is added to each layer's output; in place."""
@@ -191,10 +195,7 @@ class _JointFit:
         derived = reverse(proto, shifts, [_ERROR])
         read = [name for name in dict.fromkeys(self._xs) if name not in self._inputs]
         derived.graph.output.extend(onnx.ValueInfoProto(name=name) for name in read)
-        try:
-            session = open_session(derived.SerializeToString())
-        except Exception as error:
-            raise NoDerivative(str(error)) from error
+        session = open_session(derived.SerializeToString())
         return session, [f"{PREFIX}{name}" for name in shifts], read
 
     def run(self, steps: int) -> tuple[float, float] | None:
@@ -239,16 +240,18 @@ class _JointFit:
         )
 
     def _learn(self, batch: int) -> None:
-        feeds = self._feeds(batch)
-        names = [*self._slopes, *self._read]
+        for layer, (x, slope) in zip(self.layers, self._derivatives(batch), strict=True):
+            layer.learn(x, slope, len(self._learners), self._generator)
+
+    def _derivatives(self, batch: int) -> list[tuple[Array, Array]]:
+        """What each layer reads, and ∂‖y − ŷ‖² by what it puts out."""
+        feeds, names = self._feeds(batch), [*self._slopes, *self._read]
         seeds = {f"{PREFIX}{_ERROR}": np.ones(1, np.float32)}
         found = dict(zip(names, self._backward.run(names, feeds | seeds), strict=True))
-        for layer, x, slope, shape in zip(
-            self.layers, self._xs, self._slopes, self._shapes, strict=True
-        ):
-            read = found[x] if x in found else feeds[x]
-            batches = len(self._learners)
-            layer.learn(read, found[slope].reshape(shape), batches, self._generator)
+        return [
+            (found[x] if x in found else feeds[x], found[slope].reshape(shape))
+            for x, slope, shape in zip(self._xs, self._slopes, self._shapes, strict=True)
+        ]
 
     def _feeds(self, batch: int) -> Feeds:
         values = self._network.values(batch)
