@@ -172,6 +172,18 @@ def test_layers_together_drift_less(model: bytes, monkeypatch: pytest.MonkeyPatc
     assert whole.report.after == bare.report.after
 
 
+def test_progress_goes_on_and_its_time_is_that_of_both() -> None:
+    told: list[secateur.Progress] = []
+    recipe = secateur.Recipe(target={"macs": 0.5})
+    result = secateur.prune(
+        tower(8), recipe, calibration=rows(), measure_latency=False, progress=told.append
+    )
+    fractions = [one.fraction for one in told]
+    assert fractions == sorted(fractions)
+    assert len(joint_steps(result)) > 0
+    assert sum(one.message == "refitting what is left" for one in told) == 1
+
+
 def test_the_same_call_gives_the_same_bytes() -> None:
     assert pruned(tower(), rows(), seed=3).model == pruned(tower(), rows(), seed=3).model
 

@@ -361,10 +361,10 @@ def _repair(
             recipe.seed,
             alike=1 if axis is None else 2,
         )
-        tell = functools.partial(clock.tell, Stage.REPAIR)
-        steps = repair(pruned, original, keep, recipe.seed, tell)
-    with clock.stage(Stage.REPAIR, "refitting layers together"):
-        return steps + refit_together(pruned, original, keep, recipe.seed, tell)
+        given = pruned, original, keep, recipe.seed
+        alone = repair(*given, lambda share: clock.tell(Stage.REPAIR, share / 2))
+        together = refit_together(*given, lambda share: clock.tell(Stage.REPAIR, (1 + share) / 2))
+    return alone + together
 
 
 def _fold(analysed: Analysed, pruned: ir.Model, keep: Mask, recipe: Recipe) -> tuple[Folded, ...]:
