@@ -39,18 +39,18 @@ def mirror_axis(model: ir.Model, batches: Sequence[Feeds]) -> int | None:
     tried = batches[: -(-_SAMPLES // sample_count(batches[0]))]
     if any(batch[name].shape[1:] != first.shape[1:] for batch in tried):
         return None
-    plain = _answers(model, tried)
-    if plain is None or len(plain) < 2:
+    axes = [axis for axis in range(1, first.ndim) if first.shape[axis] >= _LEAST_SIZE]
+    answers = _answers(model, [*tried, *(mirror(batch, axis) for axis in axes for batch in tried)])
+    if answers is None:
         return None
-    spread = float(plain.var(axis=0, dtype=np.float64).sum())
-    errors = {}
-    for axis in range(1, first.ndim):
-        if first.shape[axis] < _LEAST_SIZE:
-            continue
-        mirrored = _answers(model, [mirror(batch, axis) for batch in tried])
-        assert mirrored is not None  # of the same shapes
-        error = float(np.square(mirrored - plain).sum(axis=1, dtype=np.float64).mean())
-        errors[axis] = error / max(spread, 1e-30)
+    plain, *mirrored = np.split(answers, len(axes) + 1)
+    if len(plain) < 2:
+        return None
+    spread = max(float(plain.var(axis=0, dtype=np.float64).sum()), 1e-30)
+    errors = {
+        axis: float(np.square(one - plain).sum(axis=1, dtype=np.float64).mean()) / spread
+        for axis, one in zip(axes, mirrored, strict=True)
+    }
     best = min(errors, key=lambda axis: errors[axis], default=None)
     return best if best is not None and errors[best] < _MOST else None
 
