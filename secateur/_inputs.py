@@ -5,6 +5,9 @@ Nothing heavy is imported unless an object of that library was given.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import io
 import mmap
@@ -36,8 +39,15 @@ class Source:
 
     def sha256(self) -> str:
         """SHA-256 in lower-case hexadecimal digits."""
-        with self._open() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        # in one call, which leaves the interpreter to other threads
+        if isinstance(self._content, bytes):
+            return hashlib.sha256(self._content).hexdigest()
+        with _mapped(self._content) as content:
+            return hashlib.sha256(content).hexdigest()
 
     def chunks(self, offset: int, size: int) -> Iterator[bytes]:
         """The bytes from `offset` on, `size` of them at a time; nothing when none are left."""
@@ -66,7 +76,10 @@ def model_source(model: Any) -> tuple[Source, list[tuple[str, Source]]]:
     """
     if isinstance(model, (str, os.PathLike)):
         path = pathlib.Path(model)
-        return _model_file(path), _external_files(path)
+        source = _model_file(path)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            beside.submit(source.sha256)  # whoever sends a large one asks for it
+            return source, _external_files(path)
     return _model_value(model), []
 
 
@@ -136,12 +149,9 @@ def _external_files(path: pathlib.Path) -> list[tuple[str, Source]]:
     What a model calls by a name that is not a plain file's beside it is not sent: the server then
     refuses it, in the engine's words.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
+    with _mapped(path) as content:
+        if content.find(b"location") < 0:  # external data has an entry of that name
             return []
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(b"location") < 0:  # external data has an entry of that name
-                return []
     import onnx
 
     try:
@@ -188,6 +198,17 @@ def _samples_file(path: pathlib.Path, code: Code) -> Source:
             f"file {path.name} cannot be read: {error}",
             expected="an .npz file with arrays by name, samples along axis 0",
         ) from None
+
+
+@contextlib.contextmanager
+def _mapped(path: pathlib.Path) -> Iterator[bytes | mmap.mmap]:
+    """The content of a file, which is not read at once."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:  # that cannot be mapped
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
 
 
 def _file(path: pathlib.Path) -> Source:
