@@ -22,6 +22,7 @@ from secateur import graphops
 from secateur.errors import Code
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.quantised import scaled_constants
+from secateur.graphops.verify import runtime
 
 FUZZ = pathlib.Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 
@@ -427,3 +428,32 @@ def test_a_short_fuzz_run_is_clean() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     examined = re.search(r"(\d+) inputs", done.stdout)
     assert examined is not None and int(examined[1]) > 50
+
+
+def test_a_loop_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "RUN_SECONDS", 0.3)
+    scalar, flag = TensorProto.INT64, TensorProto.BOOL
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["goes_on"], ["goes_on_still"]),
+            helper.make_node("Relu", ["state"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("turn", scalar, []),
+            helper.make_tensor_value_info("goes_on", flag, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, 8, 4, 4]),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on_still", flag, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [2, 8, 4, 4]),
+        ],
+    )
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    y = net.op("Loop", net.const(np.int64(2**62)), net.const(np.bool_(True)), x, body=body)
+    net.output(net.conv(y, 8, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        secateur.prune(net.bytes(), secateur.Recipe(target={"channels": 0.5}))
+    assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
+    assert "more than 0.3 s" in caught.value.refusal.message

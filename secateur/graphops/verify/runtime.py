@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,67 @@ import threadpoolctl
 
 from secateur.errors import Code, Refused, refuse
 
+RUN_SECONDS = 600.0
+"""What one run of a model may take: a loop may count to 2**62."""
+
+_LOOK = 0.5  # seconds between two looks at what runs
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session that gives a run up after `RUN_SECONDS`."""
+
+    def run(self, output_names: Any, input_feed: Any, run_options: Any = None) -> Any:
+        """As that of ONNX Runtime. Raises TimeoutError besides what that does."""
+        options = run_options or ort.RunOptions()
+        with _WATCH.over(options):
+            try:
+                return super().run(output_names, input_feed, options)
+            except Exception as error:
+                if options.terminate:
+                    raise TimeoutError(f"a run took more than {RUN_SECONDS:g} s") from error
+                raise
+
+
+class _Watch:
+    """Looks at what runs, in one thread, which is there only while something does."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, tuple[float, ort.RunOptions]] = {}  # when to end each
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def over(self, options: ort.RunOptions) -> Iterator[None]:
+        """Within it a run with these options goes on, for as long as it may."""
+        with self._lock:
+            self._runs[id(options)] = time.monotonic() + RUN_SECONDS, options
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._runs[id(options)]
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(min(_LOOK, RUN_SECONDS))
+            with self._lock:
+                if not self._runs:
+                    self._thread = None
+                    return
+                for end, options in self._runs.values():
+                    if time.monotonic() > end:
+                        options.terminate = True
+
+
+_WATCH = _Watch()
+
 
 def open_session(
     model: bytes | str, *, threads: int = 0, lean: bool = False, spin: bool = True
-) -> ort.InferenceSession:
+) -> Session:
     """A CPU session.
 
     Args:
@@ -39,7 +98,7 @@ def open_session(
         options.enable_mem_pattern = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return Session(model, options, providers=["CPUExecutionProvider"])
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager[object]:
