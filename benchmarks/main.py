@@ -106,6 +106,27 @@ def table(address: str) -> None:
             )
 
 
+def latency_targets() -> None:
+    """What comes of asking for a latency: as measured at the end, MACs it took, seconds."""
+    print("model                   asked  found  MACs  seconds")
+    for name, model in models().items():
+        for asked in (0.8, 0.6):
+            start = time.perf_counter()
+            try:
+                report = secateur.prune(model, Recipe(target={"latency": asked})).report
+            except secateur.Refused as refused:
+                print(f"{name:22s} {asked:6.2f}  {refused.refusal.found}", flush=True)
+                continue
+            before, after = report.before, report.after
+            assert before.latency is not None
+            assert after.latency is not None
+            print(
+                f"{name:22s} {asked:6.2f} {after.latency.p50_ms / before.latency.p50_ms:6.2f} "
+                f"{after.macs / before.macs:5.2f} {time.perf_counter() - start:8.1f}",
+                flush=True,
+            )
+
+
 def resnet50() -> bytes | None:
     """A ResNet-50 of the zoo, about 100 MB."""
     if not ZOO.exists():
@@ -202,6 +223,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with server() as address:
         table(address)
+        print()
+        latency_targets()
         print()
         if BENCH.exists():
             efficientnet = (BENCH / MODELS["efficientnet_lite0"]).read_bytes()

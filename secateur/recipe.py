@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import Code, refuse
 from secateur.sparsity import Pattern
 
-TARGETS = ("channels", "params", "macs", "layers", "size")
-BUDGETS = ("macs", "params", "size")  # what a target can count of the whole model
+TARGETS = ("channels", "params", "macs", "layers", "size", "latency")
+BUDGETS = ("macs", "params", "size", "latency")  # what a target can count of the whole model
 Criterion = Literal[
     "l1",
     "l2",
@@ -69,9 +69,11 @@ class Recipe(BaseModel):
             group; of all units together with `scope="global"`), `params`, `macs`, `layers` (of
             the matrix products with weights; with `granularity=layer`), `size` (of the file that
             is written, sparsity and quantisation counted; also in bytes, a number above 1 or a
-            text like `4MiB`; not with `granularity=layer` or `rank`). Each is met from below,
-            as closely as one unit, rounding step or region allows. Several: all hold. Empty
-            where only single weights go.
+            text like `4MiB`), `latency` (median time of a run of one sample in ONNX Runtime on
+            this machine, measured as units go, so that it is not the same bytes twice); these
+            two not with `granularity=layer` or `rank`. Each is met from below, as closely as one
+            unit, rounding step or region allows. Several: all hold. Empty where only single
+            weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
             data. None: `reconstruction` with calibration
             data, else `l2`.
@@ -115,7 +117,8 @@ class Recipe(BaseModel):
             Embeddings and heads lose the rows of the others, before anything else goes.
         quantize: what is left to `int8` (QDQ, scales from calibration data), `int8_dynamic`
             (scales at run time) or `fp16`.
-        seed: of everything random. Same input, recipe, seed and version: same bytes.
+        seed: of everything random. Same input, recipe, seed and version: same bytes, but for a
+            target of `latency`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -346,15 +349,17 @@ class Recipe(BaseModel):
                     expected=f"no {field}",
                     found=value,
                 )
-        if "size" in self.target:
-            raise refuse(
-                Code.INVALID_RECIPE,
-                "size=… is met by units, and of other kinds it is not known before they go",
-                nodes=("target", "granularity"),
-                expected="a target among macs, params, layers",
-                found=", ".join(self.target),
-                hint="params=… is close to it.",
-            )
+        for target, near in (("size", "params"), ("latency", "macs")):
+            if target in self.target:
+                raise refuse(
+                    Code.INVALID_RECIPE,
+                    f"{target}=… is met by units, and of other kinds it is not known before they "
+                    "go",
+                    nodes=("target", "granularity"),
+                    expected="a target among macs, params, layers",
+                    found=", ".join(self.target),
+                    hint=f"{near}=… is close to it.",
+                )
         if "channels" in self.target:
             raise refuse(
                 Code.INVALID_RECIPE,

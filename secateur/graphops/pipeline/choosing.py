@@ -17,21 +17,17 @@ from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.criteria.routing import routing
-from secateur.graphops.model.writing import serialise
 from secateur.graphops.pipeline.analysed import Analysed, shapes_of
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.records import factored_record, removal_record
+from secateur.graphops.pipeline.trial import Trial
 from secateur.graphops.planning import cost, division, planner, ranks, removal, replay, sensitivity
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.planning.planner import unreachable
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
-from secateur.graphops.quantise.quantise import quantise
-from secateur.graphops.repair.expectation import fold
-from secateur.graphops.repair.repair import make_room, repair
-from secateur.graphops.sparsity.sparsify import sparsify
-from secateur.graphops.sparsity.storage import store_sparse
+from secateur.graphops.repair.repair import repair
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.surgery.split import split
@@ -410,32 +406,13 @@ def decide(
         given: dict[str, planner.Measure] = {}
         if "macs" in recipe.target:
             given["macs"] = cost.macs(coupling).of, float(analysed.macs)
+        trial = Trial(analysed, recipe, samples, functools.partial(clock.tell, Stage.PLANNING))
         if "size" in recipe.target:
-            written = functools.partial(_written, analysed, recipe, samples)
-            given["size"] = written, float(analysed.opened.size)
+            given["size"] = trial.size, float(analysed.opened.size)
+        if "latency" in recipe.target:
+            given["latency"] = trial.latency, 1.0
         keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
     return _Decision(keep, observed, curves)
-
-
-def _written(analysed: Analysed, recipe: Recipe, samples: Samples | None, keep: Mask) -> int:
-    """Bytes of the file for a choice of units, at most: as written in the end, but the numbers.
-
-    Weights go by magnitude and scales come from one batch, which changes no count of either.
-    """
-    pruned, _ = cut(analysed.opened.model, analysed.coupling, keep, analysed.copies)
-    if recipe.repair and samples is not None:
-        make_room(pruned, analysed.coupling)
-    elif recipe.repair:
-        fold(analysed.opened.model, analysed.coupling, pruned, keep, recipe.seed)
-    if not recipe.sparse_initializers:
-        serialised = serialise(pruned)
-    else:
-        plain = recipe.model_copy(update={"weight_criterion": "magnitude"})
-        weights = sparsify(pruned, analysed.coupling.shapes, plain, ())
-        serialised, _ = store_sparse(serialise(pruned), weights)
-    if recipe.quantize is not None:
-        serialised = quantise(serialised, recipe.quantize, samples.seen[:1] if samples else ())
-    return serialised.size
 
 
 def _met(analysed: Analysed, recipe: Recipe) -> bool:

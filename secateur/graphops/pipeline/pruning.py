@@ -158,7 +158,7 @@ def prune(
         verification=verification,
         accuracy=scored,
         warnings=(
-            *warnings_of(before, after),
+            *warnings_of(before, after, recipe.target),
             *done.absent,
             *unrepaired(done.quantised),
             *too_wide(done.sparse_weights, recipe.settled(calibration is not None)),

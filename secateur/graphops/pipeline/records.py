@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -137,7 +138,7 @@ def unrepaired(quantised: int) -> tuple[str, ...]:
     )
 
 
-def warnings_of(before: Cost, after: Cost) -> tuple[str, ...]:
+def warnings_of(before: Cost, after: Cost, target: Mapping[str, float]) -> tuple[str, ...]:
     """What callers should know of the costs."""
     warnings = []
     if before.latency is not None and after.latency is not None:
@@ -146,6 +147,11 @@ def warnings_of(before: Cost, after: Cost) -> tuple[str, ...]:
             warnings.append(
                 f"the result is slower: {after.latency.p50_ms:.3f} ms against "
                 f"{before.latency.p50_ms:.3f} ms (p50), whatever its MACs say"
+            )
+        if ratio > target.get("latency", math.inf):
+            warnings.append(
+                f"latency={target['latency']:g} held while units went, and measured again at the "
+                f"end it is {ratio:.3f}: this machine is busy, or its time comes in steps"
             )
     if after.nonzero is not None and after.compressed_bytes is not None:
         warnings.append(

@@ -25,6 +25,8 @@ from secateur.recipe import BUDGETS, Recipe
 # What a target counts of a choice of units, and how much of it the original has.
 Measure = tuple[Callable[[Mask], float], float]
 
+_CARRIED_OUT = {"size", "latency"}  # targets that are counted by writing, and running, a file
+
 
 def choose(
     coupling: Coupling,
@@ -42,8 +44,8 @@ def choose(
         recipe: targets, scope, granularity and rounding.
         params_before: of the original, copies that unsharing made not counted.
         curves: measured drift by index of the group, for measured scope.
-        given: what targets count that the coupling does not know: the `size` of the file, and
-            `macs` where regions of the original have gone.
+        given: what targets count that the coupling does not know: the `size` of the file, its
+            `latency`, and `macs` where regions of the original have gone.
 
     Returns:
         per unit number whether it stays; entry 0 is true.
@@ -72,7 +74,7 @@ def choose(
         if target == "layers" or (target == "channels" and recipe.scope == "local"):
             continue
         measure, original = given.get(target) or _measure(coupling, target, params_before)
-        if target != "size":
+        if target not in _CARRIED_OUT:
             goals.append((measure, fraction * original))
         taken = max(taken, search.prefix(target, measure, fraction, original))
     gone = np.zeros(len(steps), np.bool_)
@@ -81,7 +83,7 @@ def choose(
     if recipe.scope == "local" and "channels" in recipe.target:
         fixed = _local_share(coupling, steps, recipe.target["channels"])
         gone |= fixed
-    if "size" not in recipe.target:  # writing a file for every step would take too long
+    if not _CARRIED_OUT & set(recipe.target):  # for every step that would take too long
         search.give_back(gone, fixed, goals)
     return search.keep(gone)
 
@@ -95,7 +97,7 @@ def _measure(coupling: Coupling, target: str, params_before: int) -> Measure:
         return (lambda keep: float(keep[1:].sum())), float(coupling.count)
     if target == "params":
         return cost.params(coupling).of, float(params_before)
-    macs = cost.macs(coupling)
+    macs = cost.macs(coupling)  # also for the latency: near enough, as above
     return macs.of, float(macs.of(np.ones(coupling.count + 1, np.bool_)))
 
 
@@ -141,6 +143,9 @@ class _Search:
                 high = middle
             else:
                 low = middle + 1
+            found = low == high < len(self._steps)
+            if found and target == "latency" and measure(self._without(low)) > limit:
+                low, high = low + 1, len(self._steps)  # it was met by chance
         return low
 
     def give_back(
