@@ -20,6 +20,8 @@ from secateur.report import Latency
 
 Opener = Callable[[], ort.InferenceSession]
 
+_MOST_RUNS = 200  # of each model
+
 
 def alternate(
     openers: Sequence[Opener],
@@ -27,25 +29,24 @@ def alternate(
     *,
     seconds: float,
     together: bool = True,
-    runs: int = 200,
 ) -> list[Latency]:
     """Latency of several models on the same inputs, run in turns.
 
     Args:
         openers: one per model, each opens its session.
         feeds: for each of them.
-        seconds: to spend on runs altogether; at least three of each are timed.
+        seconds: to spend on runs altogether; at least three of each are timed, `_MOST_RUNS` at
+            most.
         together: hold all sessions at once and change after every run; else one session at a
             time, which needs the memory of one: the last, those before it, then it again.
-        runs: of each model at most.
     """
     times: list[list[float]] = [[] for _ in openers]
     if together:
-        _time([opener() for opener in openers], times, feeds, seconds, runs)
+        _time([opener() for opener in openers], times, feeds, seconds)
     else:
         turns = [*zip(openers, times, strict=True)]
         for opener, taken in (turns[-1], *turns):
-            _time([opener()], [taken], feeds, seconds / (1 + len(turns)), runs)
+            _time([opener()], [taken], feeds, seconds / (1 + len(turns)))
     return [
         Latency(
             p50_ms=round(float(np.percentile(taken, 50)), 4),
@@ -61,14 +62,13 @@ def _time(
     times: Sequence[list[float]],
     feeds: Feeds,
     seconds: float,
-    runs: int,
 ) -> None:
     for session in sessions:
         session.run(None, feeds)  # first runs allocate
     unwatched = ort.InferenceSession.run  # to look after a run takes as long as a tiny model
     deadline = time.perf_counter() + seconds
     turns = 0
-    while turns < runs and (turns < 3 or time.perf_counter() < deadline):
+    while turns < _MOST_RUNS and (turns < 3 or time.perf_counter() < deadline):
         turns += 1
         for session, taken in zip(sessions, times, strict=True):
             start = time.perf_counter()

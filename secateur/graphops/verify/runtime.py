@@ -73,23 +73,19 @@ class _Watch:
 _WATCH = _Watch()
 
 
-def open_session(
-    model: bytes | str, *, threads: int = 0, lean: bool = False, spin: bool = True
-) -> Session:
+def open_session(model: bytes | str, *, lean: bool = False, spin: bool = True) -> Session:
     """A CPU session.
 
     Args:
         model: serialised, or a path (for external data).
-        threads: of one operator; 0 lets ONNX Runtime choose.
-        spin: let threads wait for work by spinning: faster alone, much slower beside other work.
         lean: spend less memory and start sooner (no arena, no prepacked weights), run slower.
+        spin: let threads wait for work by spinning: faster alone, much slower beside other work.
 
     Raises:
         Exception: whatever ONNX Runtime raises; callers say what it means.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads
     options.use_deterministic_compute = True
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
