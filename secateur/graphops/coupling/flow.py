@@ -188,6 +188,11 @@ class Flow:
         """The shape under the first binding of symbolic sizes."""
         return None if value is None else self.shapes.of(value.name or "")
 
+    def rank(self, value: ir.Value | None) -> int | None:
+        """Number of axes, None when unknown."""
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
     def value(self, value: ir.Value | None) -> Array | None:
         """A small constant or a result of shape arithmetic, if known."""
         return None if value is None else self.shapes.values.get(value.name or "")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from secateur.graphops.model.attributes import integer
+
 if TYPE_CHECKING:
     from secateur.graphops.coupling.flow import Flow
 
@@ -70,11 +72,11 @@ def summed(flow: Flow, node: ir.Node, states: Sequence[Void]) -> Void:
 
 def multiplied(flow: Flow, node: ir.Node, states: Sequence[Void]) -> Void:
     """A matrix product: of no rows none, of no columns zeros; and a shift, if there is one."""
-    first, turned = node.inputs[0], node.attributes.get("transA")
+    first = node.inputs[0]
     width = len(flow.shape(first) or ())
     if states[0] is Void.EMPTY and width > 1 and first is not None and first.name:
         # what is summed over is the model's own size, so that rows are what there is none of
-        along = width - 2 if turned is not None and turned.as_int() else width - 1
+        along = width - 2 if integer(node, "transA", 0) else width - 1
         if flow.shapes.is_fixed(first.name, along):
             return Void.EMPTY
     return Void.ZERO if min(states[:2]) <= Void.ZERO and len(states) < 3 else Void.OTHER

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.graphops.model.attributes import integer, integers
+
 MAX_ELEMENTS = 4096
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
@@ -22,44 +24,37 @@ Array = npt.NDArray[Any]
 Inputs = Sequence[Array | None]
 
 
-def evaluate(node: ir.Node, inputs: Inputs, opset: int) -> list[Array] | None:
+def evaluate(node: ir.Node, inputs: Inputs) -> list[Array] | None:
     """The node's outputs for known inputs, or None when that is not this module's business.
 
     Args:
         node: of the ai.onnx domain.
         inputs: one array per input, None for an absent optional one.
-        opset: version of the ai.onnx domain.
     """
     function = _TABLE.get(node.op_type)
     if function is None or node.domain not in ("", "ai.onnx"):
         return None
     try:
-        outputs = function(node, inputs, opset)
+        outputs = function(node, inputs)
     except _MALFORMED:
         return None  # malformed: shape inference or ONNX Runtime will say so with more to tell
     outputs = [np.asarray(output) for output in outputs]
     return outputs if max([output.size for output in outputs], default=0) <= MAX_ELEMENTS else None
 
 
-def _int(node: ir.Node, name: str, default: int) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.value)
-
-
 def _ints(node: ir.Node, name: str, inputs: Inputs, index: int) -> list[int] | None:
     """Axes and the like: an input in newer opsets, an attribute in older ones."""
     if len(inputs) > index and (given := inputs[index]) is not None:
         return [int(item) for item in given.reshape(-1)]
-    attribute = node.attributes.get(name)
-    return None if attribute is None else [int(item) for item in attribute.value]
+    return integers(node, name)
 
 
 def _elementwise(function: Callable[..., Array]) -> Callable[..., list[Array]]:
-    return lambda node, inputs, opset: [function(*inputs)]
+    return lambda node, inputs: [function(*inputs)]
 
 
 def _fold(function: Callable[..., Array]) -> Callable[..., list[Array]]:
-    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    def run(node: ir.Node, inputs: Inputs) -> list[Array]:
         result = inputs[0]
         for other in inputs[1:]:
             result = function(result, other)
@@ -74,14 +69,14 @@ def _divide(a: Array, b: Array) -> Array:
     return np.asarray(a / b)
 
 
-def _modulo(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _modulo(node: ir.Node, inputs: Inputs) -> list[Array]:
     first, second = inputs
     assert first is not None
     assert second is not None
-    return [np.fmod(first, second) if _int(node, "fmod", 0) else np.mod(first, second)]
+    return [np.fmod(first, second) if integer(node, "fmod", 0) else np.mod(first, second)]
 
 
-def _clip(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _clip(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, low, high = (*inputs, None, None)[:3]
     assert data is not None
     if low is None and "min" in node.attributes:
@@ -91,16 +86,16 @@ def _clip(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     return [np.asarray(np.clip(data, low, high), data.dtype)]
 
 
-def _cast(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    return [inputs[0].astype(ir.DataType(_int(node, "to", 1)).numpy())]  # type: ignore[union-attr]
+def _cast(node: ir.Node, inputs: Inputs) -> list[Array]:
+    return [inputs[0].astype(ir.DataType(integer(node, "to", 1)).numpy())]  # type: ignore[union-attr]
 
 
-def _gather(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    return [np.take(inputs[0], inputs[1].astype(np.int64), axis=_int(node, "axis", 0))]  # type: ignore[arg-type, union-attr]
+def _gather(node: ir.Node, inputs: Inputs) -> list[Array]:
+    return [np.take(inputs[0], inputs[1].astype(np.int64), axis=integer(node, "axis", 0))]  # type: ignore[arg-type, union-attr]
 
 
-def _concat(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    return [np.concatenate(inputs, axis=_int(node, "axis", 0))]  # type: ignore[arg-type]
+def _concat(node: ir.Node, inputs: Inputs) -> list[Array]:
+    return [np.concatenate(inputs, axis=integer(node, "axis", 0))]  # type: ignore[arg-type]
 
 
 def slices(node: ir.Node, inputs: Inputs, rank: int) -> tuple[slice, ...]:
@@ -122,48 +117,48 @@ def slices(node: ir.Node, inputs: Inputs, rank: int) -> tuple[slice, ...]:
     return tuple(index)
 
 
-def _slice(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _slice(node: ir.Node, inputs: Inputs) -> list[Array]:
     data = inputs[0]
     assert data is not None
     return [data[slices(node, inputs, data.ndim)]]
 
 
-def _squeeze(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _squeeze(node: ir.Node, inputs: Inputs) -> list[Array]:
     axes = _ints(node, "axes", inputs, 1)
     return [np.squeeze(inputs[0], axis=None if axes is None else tuple(axes))]  # type: ignore[arg-type]
 
 
-def _unsqueeze(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _unsqueeze(node: ir.Node, inputs: Inputs) -> list[Array]:
     return [np.expand_dims(inputs[0], tuple(_ints(node, "axes", inputs, 1) or ()))]  # type: ignore[arg-type]
 
 
-def _reshape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _reshape(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, shape = inputs[0], _ints(node, "shape", inputs, 1)
     assert data is not None
     assert shape is not None
-    if not _int(node, "allowzero", 0):
+    if not integer(node, "allowzero", 0):
         shape = [data.shape[axis] if size == 0 else size for axis, size in enumerate(shape)]
     return [data.reshape(shape)]
 
 
-def _flatten(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    data, axis = inputs[0], _int(node, "axis", 1)
+def _flatten(node: ir.Node, inputs: Inputs) -> list[Array]:
+    data, axis = inputs[0], integer(node, "axis", 1)
     assert data is not None
     return [data.reshape(int(np.prod(data.shape[:axis], dtype=np.int64)), -1)]
 
 
 def _reduce(function: Callable[..., Array]) -> Callable[..., list[Array]]:
-    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+    def run(node: ir.Node, inputs: Inputs) -> list[Array]:
         axes = _ints(node, "axes", inputs, 1)
-        if axes is None and _int(node, "noop_with_empty_axes", 0):
+        if axes is None and integer(node, "noop_with_empty_axes", 0):
             return [np.asarray(inputs[0])]
         axis = None if axes is None else tuple(axes)
-        return [function(inputs[0], axis=axis, keepdims=bool(_int(node, "keepdims", 1)))]
+        return [function(inputs[0], axis=axis, keepdims=bool(integer(node, "keepdims", 1)))]
 
     return run
 
 
-def _constant_of_shape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _constant_of_shape(node: ir.Node, inputs: Inputs) -> list[Array]:
     shape = [int(size) for size in inputs[0].reshape(-1)]  # type: ignore[union-attr]
     if np.prod(shape, dtype=np.float64) > MAX_ELEMENTS:
         raise ValueError("large")
@@ -172,57 +167,56 @@ def _constant_of_shape(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]
     return [np.full(shape, value.reshape(-1)[0])]
 
 
-def _range(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _range(node: ir.Node, inputs: Inputs) -> list[Array]:
     start, limit, delta = (item.reshape(-1)[0] for item in inputs)  # type: ignore[union-attr]
     if (limit - start) / delta > MAX_ELEMENTS:
         raise ValueError("large")
     return [np.arange(start, limit, delta, dtype=start.dtype)]
 
 
-def _expand(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _expand(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, shape = inputs[0], [int(size) for size in inputs[1]]  # type: ignore[union-attr]
     return [np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(shape)))]  # type: ignore[arg-type, union-attr]
 
 
-def _split(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _split(node: ir.Node, inputs: Inputs) -> list[Array]:
     sizes = _ints(node, "split", inputs, 1)
     where: Any = len(node.outputs) if sizes is None else list(np.cumsum(sizes)[:-1])
-    return list(np.split(inputs[0], where, axis=_int(node, "axis", 0)))  # type: ignore[arg-type]
+    return list(np.split(inputs[0], where, axis=integer(node, "axis", 0)))  # type: ignore[arg-type]
 
 
-def _transpose(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-    attribute = node.attributes.get("perm")
-    return [np.transpose(inputs[0], None if attribute is None else attribute.value)]  # type: ignore[arg-type]
+def _transpose(node: ir.Node, inputs: Inputs) -> list[Array]:
+    return [np.transpose(inputs[0], integers(node, "perm"))]  # type: ignore[arg-type]
 
 
-def _one_hot(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _one_hot(node: ir.Node, inputs: Inputs) -> list[Array]:
     indices, depth, (off, on) = inputs[0], int(inputs[1].reshape(-1)[0]), inputs[2]  # type: ignore[union-attr, misc]
     assert indices is not None
     if indices.size * depth > MAX_ELEMENTS:
         raise ValueError("large")
     places = np.where(indices < 0, indices + depth, indices)[..., None] == np.arange(depth)
-    return [np.moveaxis(np.where(places, on, off), -1, _int(node, "axis", -1))]
+    return [np.moveaxis(np.where(places, on, off), -1, integer(node, "axis", -1))]
 
 
-def _cumulative_sum(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _cumulative_sum(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, axis = inputs[0], int(inputs[1].reshape(-1)[0])  # type: ignore[union-attr]
     assert data is not None
-    if _int(node, "reverse", 0) or _int(node, "exclusive", 0):
+    if integer(node, "reverse", 0) or integer(node, "exclusive", 0):
         raise ValueError("reversed or exclusive")
     return [np.cumsum(data, axis, dtype=data.dtype)]
 
 
 def _arg(function: Callable[..., Array]) -> Callable[..., list[Array]]:
-    def run(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
-        if _int(node, "select_last_index", 0):
+    def run(node: ir.Node, inputs: Inputs) -> list[Array]:
+        if integer(node, "select_last_index", 0):
             raise ValueError("the last index")
-        keep = bool(_int(node, "keepdims", 1))
-        return [function(inputs[0], axis=_int(node, "axis", 0), keepdims=keep)]
+        keep = bool(integer(node, "keepdims", 1))
+        return [function(inputs[0], axis=integer(node, "axis", 0), keepdims=keep)]
 
     return run
 
 
-def _scatter_nd(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _scatter_nd(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, indices, updates = inputs
     assert data is not None
     assert indices is not None
@@ -233,16 +227,16 @@ def _scatter_nd(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
     return [result]
 
 
-def _gather_nd(node: ir.Node, inputs: Inputs, opset: int) -> list[Array]:
+def _gather_nd(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, indices = inputs
     assert data is not None
     assert indices is not None
-    if _int(node, "batch_dims", 0):
+    if integer(node, "batch_dims", 0):
         raise ValueError("batch_dims")
     return [data[tuple(np.moveaxis(indices, -1, 0))]]
 
 
-_TABLE: dict[str, Callable[[ir.Node, Inputs, int], list[Array]]] = {
+_TABLE: dict[str, Callable[[ir.Node, Inputs], list[Array]]] = {
     "Identity": _elementwise(lambda x: x),
     "Abs": _elementwise(np.abs),
     "Neg": _elementwise(np.negative),

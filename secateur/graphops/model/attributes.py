@@ -1,19 +1,17 @@
-"""Reading attributes and optional inputs of a node, as every rule does."""
+"""Reading attributes and optional inputs of a node, as everything does that knows operators."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import onnx_ir as ir
-
-from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.model.shapes import Array
 
 
 class KnowsValues(Protocol):
     """Knows small constants and shape arithmetic: a Flow, and a Surgeon after it."""
 
-    def value(self, value: ir.Value | None) -> Array | None:
+    def value(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
         """The array, None when not known."""
 
 
@@ -29,10 +27,21 @@ def integers(node: ir.Node, name: str) -> list[int] | None:
     return None if attribute is None else [int(item) for item in attribute.as_ints()]
 
 
+def real(node: ir.Node, name: str, default: float) -> float:
+    """A float attribute."""
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.as_float())
+
+
 def text(node: ir.Node, name: str, default: str) -> str:
     """A string attribute."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_string()
+
+
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """Input `index`, None when absent."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def integers_at(known_by: KnowsValues, node: ir.Node, index: int, name: str) -> list[int] | None:
@@ -44,14 +53,3 @@ def integers_at(known_by: KnowsValues, node: ir.Node, index: int, name: str) -> 
     if known is not None:
         return [int(item) for item in known.reshape(-1)]
     return integers(node, name)
-
-
-def operand(node: ir.Node, index: int) -> ir.Value | None:
-    """Input `index`, None when absent."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def rank(flow: Flow, value: ir.Value | None) -> int | None:
-    """Number of axes, None when unknown."""
-    shape = flow.shape(value)
-    return None if shape is None else len(shape)

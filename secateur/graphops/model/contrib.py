@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from secateur.graphops.model.attributes import integer, integers
+
 Shape = tuple[int | None, ...]
 Shapes = Sequence[Shape | None]
 
@@ -43,11 +45,6 @@ def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
     return standard
 
 
-def _int(node: ir.Node, name: str, default: int = 0) -> int:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else int(attribute.value)
-
-
 def _first(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [inputs[0]]
 
@@ -59,9 +56,9 @@ def _skip_norm(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
 def _matmul(a: int, b: int) -> Callable[[ir.Node, Shapes], list[Shape | None]]:
     def run(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
         left, right = list(inputs[a] or ()), list(inputs[b] or ())
-        if _int(node, "transA"):
+        if integer(node, "transA", 0):
             left[-2:] = left[:-3:-1]
-        if _int(node, "transB"):
+        if integer(node, "transB", 0):
             right[-2:] = right[:-3:-1]
         batch = left[:-2] if len(left) >= len(right) else right[:-2]
         return [(*batch, left[-2], right[-1])]
@@ -76,15 +73,15 @@ def _attention(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
         return [None]
     if len(value) == 4:
         return [(query[0], query[1], (value[1] or 0) * (value[3] or 0))]
-    heads = _int(node, "num_heads") or 1
-    share = heads // (_int(node, "kv_num_heads") or heads)
+    heads = integer(node, "num_heads", 0) or 1
+    share = heads // (integer(node, "kv_num_heads", 0) or heads)
     return [(query[0], query[1], (value[2] or 0) * share)]
 
 
 def _packed_attention(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     x, weight = inputs[0] or (), inputs[1] or ()
-    sizes = node.attributes.get("qkv_hidden_sizes")
-    hidden = (weight[1] or 0) // 3 if sizes is None else int(sizes.value[2])
+    sizes = integers(node, "qkv_hidden_sizes")
+    hidden = (weight[1] or 0) // 3 if sizes is None else sizes[2]
     return [(x[0], x[1], hidden)]
 
 
@@ -106,7 +103,7 @@ def _where(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
 
 
 def _n_bits(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
-    return [(*(inputs[0] or ())[:-1], _int(node, "N"))]
+    return [(*(inputs[0] or ())[:-1], integer(node, "N", 0))]
 
 
 def _broadcast(node: ir.Node, inputs: Shapes) -> list[Shape | None]:

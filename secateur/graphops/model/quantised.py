@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.model.shapes import constant_of
-from secateur.graphops.rules.attributes import integer
 
 # Operator → inputs that hold integers, their scale (None: it is applied later) and zero point.
 _READERS: dict[str, tuple[int, int | None, int]] = {
@@ -71,8 +71,10 @@ def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:
         if node.op_type not in _READERS or integer(node, "block_size", 0):
             continue
         place, *others = _READERS[node.op_type]
-        tensor = constant_of(_input(node, place))
-        scale, zero = (constant_of(_input(node, index)) for index in others)
+        tensor = constant_of(operand(node, place))
+        scale, zero = (
+            None if index is None else constant_of(operand(node, index)) for index in others
+        )
         if tensor is None or (scale is None and others[0] is not None):
             continue
         scaled = Scaled(
@@ -93,10 +95,10 @@ def dequantiser(value: ir.Value | None) -> ir.Node | None:
     node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or len(value.uses()) > 1:  # type: ignore[union-attr]
         return None
-    integers, scale, zero = (constant_of(_input(node, index)) for index in range(3))
+    integers, scale, zero = (constant_of(operand(node, index)) for index in range(3))
     if integers is None or scale is None or integer(node, "block_size", 0):
         return None
-    if zero is None and _input(node, 2) is not None:
+    if zero is None and operand(node, 2) is not None:
         return None
     fits = integers.dtype in _REFITTED and scaled_by(node).suits(integers.shape.numpy())
     return node if fits else None
@@ -116,14 +118,10 @@ def real_tensor(node: ir.Node) -> ir.TensorProtocol:
 
 def scaled_by(node: ir.Node) -> Scaled:
     """Scale and zero point of a `dequantiser`."""
-    integers, scale, zero = (constant_of(_input(node, index)) for index in range(3))
+    integers, scale, zero = (constant_of(operand(node, index)) for index in range(3))
     assert integers is not None and scale is not None
     axis = _axis(node, len(integers.shape)) % max(len(integers.shape), 1)
     return Scaled(axis, scale.numpy(), np.zeros(1) if zero is None else zero.numpy())
-
-
-def _input(node: ir.Node, index: int | None) -> ir.Value | None:
-    return None if index is None or index >= len(node.inputs) else node.inputs[index]
 
 
 def _axis(node: ir.Node, rank: int) -> int:

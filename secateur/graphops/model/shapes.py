@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.model import arithmetic, contrib
+from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.opening import node_label
 
@@ -273,7 +274,6 @@ class _Skeleton:
     def __init__(self, model: ir.Model) -> None:
         graph = self._graph = model.graph
         self._opsets = dict(model.opset_imports)
-        self._opset = self._opsets.get("", 1)
         self._ir_version = max(model.ir_version, 4)
         self._imports = [onnx.helper.make_opsetid(d, v) for d, v in self._opsets.items()]
         self._known: dict[str, Array] = {}
@@ -348,7 +348,7 @@ class _Skeleton:
             if array is None and value is not None:
                 return False
             inputs.append(array)
-        outputs = arithmetic.evaluate(node, inputs, self._opset) if inputs else None
+        outputs = arithmetic.evaluate(node, inputs) if inputs else None
         if outputs is None:
             return False
         for value, array in zip(node.outputs, outputs, strict=False):
@@ -459,7 +459,7 @@ class _Skeleton:
             if array is None and name:
                 return None
             inputs.append(array)
-        return arithmetic.evaluate(step.node, inputs, self._opset)
+        return arithmetic.evaluate(step.node, inputs)
 
     def _infer_node(self, step: _Step, facts: _Facts) -> None:
         """By the operator's own function; nodes alike are asked once."""
@@ -654,7 +654,7 @@ def body_inputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value 
         outer = [None, None, *node.inputs[2:]]
         return [(inner, o, False) for inner, o in zip(body.inputs, outer, strict=False)]
     if node.op_type == "Scan":
-        scanned = _scanned(node)
+        scanned = integer(node, "num_scan_inputs", 0)
         states = len(body.inputs) - scanned
         return [
             (inner, o, index >= states)
@@ -671,17 +671,12 @@ def body_outputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value
         carried = len(node.inputs) - 2
         inners = list(body.outputs)[1:]
     else:
-        carried = len(body.inputs) - _scanned(node)
+        carried = len(body.inputs) - integer(node, "num_scan_inputs", 0)
         inners = list(body.outputs)
     return [
         (output, inner, index >= carried)
         for index, (output, inner) in enumerate(zip(node.outputs, inners, strict=False))
     ]
-
-
-def _scanned(node: ir.Node) -> int:
-    attribute = node.attributes.get("num_scan_inputs")
-    return 0 if attribute is None else int(attribute.value)
 
 
 def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
@@ -709,9 +704,8 @@ def _sizes(step: _Step, shape: Shape | None) -> list[Array] | None:
     sizes = np.array(shape, np.int64)
     if step.op_type == "Size":
         return [np.array(sizes.prod(), np.int64)]
-    start, end = step.node.attributes.get("start"), step.node.attributes.get("end")
-    begin = 0 if start is None else int(start.value)
-    return [sizes[begin : None if end is None else int(end.value)]]
+    begin, end = integer(step.node, "start", 0), integer(step.node, "end", len(sizes))
+    return [sizes[begin:end]]
 
 
 def _check_indices(
@@ -721,8 +715,7 @@ def _check_indices(
     if len(step.inputs) < 2:
         return
     shape, known = shapes.get(step.inputs[0]), values.get(step.inputs[1])
-    axis = step.node.attributes.get("axis")
-    place = 0 if axis is None else int(axis.value)
+    place = integer(step.node, "axis", 0)
     size = shape[place] if shape and -len(shape) <= place < len(shape) else None
     if known is not None and known.size and size is not None and int(known.max()) >= size:
         raise _InvalidBinding
@@ -750,8 +743,7 @@ def _check_concat(
     complete = [shape for shape in known if shape is not None and None not in shape]
     if not complete or len({len(shape) for shape in complete}) > 1 or not complete[0]:
         return
-    attribute = step.node.attributes.get("axis")
-    axis = (1 if attribute is None else int(attribute.value)) % len(complete[0])
+    axis = integer(step.node, "axis", 1) % len(complete[0])
     if len({shape[:axis] + shape[axis + 1 :] for shape in complete}) > 1:
         raise _InvalidBinding
 

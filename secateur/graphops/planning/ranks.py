@@ -34,11 +34,11 @@ from secateur.graphops.calibration.moments import (
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.planning.planner import unreachable
-from secateur.graphops.rules.attributes import integer
 from secateur.graphops.rules.linear import Convolution, LinearMap
 from secateur.graphops.surgery.split import Factors, split
 from secateur.recipe import Recipe

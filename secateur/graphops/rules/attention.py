@@ -16,7 +16,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Labels, single
 from secateur.graphops.coupling.units import Axis
-from secateur.graphops.rules.attributes import integer, integers, operand, rank
+from secateur.graphops.model.attributes import integer, integers, operand
 from secateur.graphops.rules.contraction import all_axes, freeze_all
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -69,7 +69,7 @@ def _couple(
     node: ir.Node,
     inputs: Sequence[ir.Value],
     heads: tuple[int, int],
-    caches: Sequence[ir.Value | None] = (),
+    caches: Sequence[ir.Value | None],
 ) -> tuple[Labels, int]:
     """Queries, keys and values of rank 3 (batch, sequence, hidden) or 4 (batch, heads, …).
 
@@ -98,7 +98,7 @@ def _couple(
 
 def _set_output(flow: Flow, node: ir.Node, query_heads: Labels, size: int) -> None:
     output = node.outputs[0]
-    if rank(flow, output) == 4:
+    if flow.rank(output) == 4:
         flow.set(output, single(1, query_heads))
     else:
         flow.set(output, single(2, np.repeat(query_heads, size)))
@@ -137,7 +137,7 @@ def _rewrite_count(surgeon: Surgeon, node: ir.Node, value: ir.Value | None, name
 def couple_multi_head(flow: Flow, node: ir.Node) -> None:
     """com.microsoft MultiHeadAttention with separate queries, keys and values; one joint bias."""
     inputs = [value for value in node.inputs[:3] if value is not None]
-    if len(inputs) < 3 or any(rank(flow, value) not in (3, 4) for value in inputs):
+    if len(inputs) < 3 or any(flow.rank(value) not in (3, 4) for value in inputs):
         return freeze_all(flow, node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     count = integer(node, "num_heads", 1)
     _join_bias(flow, node, operand(node, 3), inputs)
@@ -148,7 +148,7 @@ def couple_multi_head(flow: Flow, node: ir.Node) -> None:
 def _join_bias(
     flow: Flow, node: ir.Node, bias: ir.Value | None, inputs: Sequence[ir.Value]
 ) -> None:
-    if bias is not None and all(rank(flow, value) == 3 for value in inputs):
+    if bias is not None and all(flow.rank(value) == 3 for value in inputs):
         hidden = np.concatenate([_line(flow, value, 2) for value in inputs])
         flow.join(node, hidden, _line(flow, bias, 0))
 
@@ -165,7 +165,7 @@ def couple_packed_quantised(flow: Flow, node: ir.Node) -> None:
 
 def _couple_packed(flow: Flow, node: ir.Node, past: int, vectors: Sequence[int]) -> None:
     x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or rank(flow, x) != 3 or operand(node, past) is not None:
+    if x is None or weight is None or flow.rank(x) != 3 or operand(node, past) is not None:
         return freeze_all(flow, node, "UNSUPPORTED_FORM", "past states")
     count = integer(node, "num_heads", 1)
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
@@ -205,7 +205,7 @@ def rewrite_multi_head(surgeon: Surgeon, node: ir.Node) -> None:
 def couple_grouped_query(flow: Flow, node: ir.Node) -> None:
     """com.microsoft GroupQueryAttention with separate queries, keys and values."""
     inputs = [value for value in node.inputs[:3] if value is not None]
-    if len(inputs) < 3 or any(rank(flow, value) != 3 for value in inputs):
+    if len(inputs) < 3 or any(flow.rank(value) != 3 for value in inputs):
         return freeze_all(flow, node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     heads = (integer(node, "num_heads", 1), integer(node, "kv_num_heads", 1))
     caches = (operand(node, 3), operand(node, 4))
@@ -220,7 +220,7 @@ def rewrite_grouped_query(surgeon: Surgeon, node: ir.Node) -> None:
 
 def couple_rotary(flow: Flow, node: ir.Node) -> None:
     """Rotary position embedding turns pairs inside each head: heads pass whole."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size not in (3, 4):
         return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     if size == 4:
@@ -238,9 +238,9 @@ def couple_rotary(flow: Flow, node: ir.Node) -> None:
 def macs_attention(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Q·Kᵀ and P·V: each query hidden position meets every key position."""
     query, key = node.inputs[0], operand(node, 1)
-    if query is None or key is None or rank(flow, key) not in (3, 4):
+    if query is None or key is None or flow.rank(key) not in (3, 4):
         return []
-    steps: Axis = (str(key.name), 1 if rank(flow, key) == 3 else 2)
+    steps: Axis = (str(key.name), 1 if flow.rank(key) == 3 else 2)
     return [(*all_axes(flow, query), steps), (*all_axes(flow, node.outputs[0]), steps)]
 
 

@@ -15,7 +15,7 @@ from secateur.graphops.coupling.flow import Choice, Flow, Letter
 from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.coupling.void import multiplied
-from secateur.graphops.rules.attributes import integer, operand, rank, text
+from secateur.graphops.model.attributes import integer, operand, text
 from secateur.graphops.rules.linear import (
     linear_conv,
     linear_conv_transpose,
@@ -37,7 +37,7 @@ def freeze_all(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
 
 def couple_matmul(flow: Flow, node: ir.Node) -> None:
     """`…mk, …kn → …mn` with broadcasting; vectors lack m or n."""
-    a, b = rank(flow, node.inputs[0]), rank(flow, node.inputs[1])
+    a, b = flow.rank(node.inputs[0]), flow.rank(node.inputs[1])
     if a is None or b is None or 0 in (a, b):
         return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     batch = max(a, b) - 2
@@ -110,7 +110,7 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
     right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
     operands: list[tuple[int, list[str]]] = [(0, left), (1, right)]
     if operand(node, 2) is not None:
-        bias = rank(flow, node.inputs[2])
+        bias = flow.rank(node.inputs[2])
         if bias is None:
             return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of C is not known")
         operands.append((2, ["m", "n"][2 - bias :]))
@@ -123,7 +123,7 @@ def couple_einsum(flow: Flow, node: ir.Node) -> None:
     equation = text(node, "equation", "").replace(" ", "")
     left, arrow, result = equation.partition("->")
     terms = left.split(",")
-    ranks = [rank(flow, value) for value in node.inputs]
+    ranks = [flow.rank(value) for value in node.inputs]
     if (
         not arrow
         or None in ranks
@@ -152,7 +152,7 @@ def _letters(term: str, own: int, dots: int) -> list[str | int]:
 def macs_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Size of the result × length of the sum."""
     a = node.inputs[0]
-    last = (rank(flow, a) or 1) - 1
+    last = (flow.rank(a) or 1) - 1
     return [(*all_axes(flow, node.outputs[0]), (str(a.name if a else ""), last))]
 
 
@@ -175,7 +175,7 @@ def macs_einsum(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
 
 def all_axes(flow: Flow, value: ir.Value) -> tuple[Axis, ...]:
     """Every axis of a tensor, as a factor of a cost."""
-    return tuple((str(value.name), axis) for axis in range(rank(flow, value) or 0))
+    return tuple((str(value.name), axis) for axis in range(flow.rank(value) or 0))
 
 
 register(
@@ -245,7 +245,7 @@ def couple_convolution(
         return freeze_all(flow, node, "UNSUPPORTED_FORM", f"{groups} groups")
     for axis in range(2, len(shape)):
         flow.freeze_axis(w, axis, node, "KERNEL", "a position of the kernel")
-    for axis in range(2, rank(flow, x) or 2):
+    for axis in range(2, flow.rank(x) or 2):
         flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
     own = line(flow, w, out_axis, shape[out_axis] or 0)

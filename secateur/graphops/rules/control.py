@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
+from secateur.graphops.model.attributes import integers
 from secateur.graphops.model.shapes import bodies, body_inputs, body_outputs, live_branch
 from secateur.graphops.rules.registry import register
 
@@ -63,8 +64,7 @@ def _slice(flow: Flow, node: ir.Node, outer: ir.Value | None, blocks: Blocks) ->
 def couple_scan(flow: Flow, node: ir.Node) -> None:
     """As Loop, with inputs taken slice by slice; other axes than the first are not supported."""
     for name in ("scan_input_axes", "scan_output_axes"):
-        attribute = node.attributes.get(name)
-        if attribute is not None and any(attribute.as_ints()):
+        if any(integers(node, name) or ()):
             raise ValueError(f"{name} other than 0")
     couple_loop(flow, node)
 

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Labels, single
+from secateur.graphops.model.attributes import KnowsValues, integer, operand, real
 from secateur.graphops.model.shapes import constant_of
-from secateur.graphops.rules.attributes import KnowsValues, integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -74,11 +74,7 @@ def flat_hard_swish(node: ir.Node) -> tuple[float, float]:
 
 def flat_hard_sigmoid(node: ir.Node) -> tuple[float, float] | None:
     """max(0, min(1, αx + β))."""
-    slope, shift = (
-        default if attribute is None else attribute.as_float()
-        for name, default in (("alpha", 0.2), ("beta", 0.5))
-        for attribute in (node.attributes.get(name),)
-    )
+    slope, shift = real(node, "alpha", 0.2), real(node, "beta", 0.5)
     return (-shift / slope, (1 - shift) / slope) if slope > 0 else None
 
 
@@ -86,21 +82,21 @@ def flat_clip(node: ir.Node) -> tuple[float, float] | None:
     """Its bounds, attributes before opset 11 and inputs since; None where they are computed."""
     bounds = []
     for index, name, none in ((1, "min", -math.inf), (2, "max", math.inf)):
-        value, attribute = operand(node, index), node.attributes.get(name)
+        value = operand(node, index)
         constant = constant_of(value)
         if value is not None and (constant is None or constant.size != 1):
             return None
         if constant is not None:  # one number, which some exporters write as a vector
             bounds.append(float(constant.numpy().reshape(-1)[0]))
         else:
-            bounds.append(none if attribute is None else attribute.as_float())
+            bounds.append(real(node, name, none))
     return bounds[0], bounds[1]
 
 
 def couple_broadcast(flow: Flow, node: ir.Node) -> None:
     """Axes aligned at the right run together."""
     shape = flow.shape(node.outputs[0])
-    ranks = {index: rank(flow, value) for index, value in enumerate(node.inputs) if value}
+    ranks = {index: flow.rank(value) for index, value in enumerate(node.inputs) if value}
     if shape is None or None in ranks.values():
         for value in node.inputs:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
@@ -129,7 +125,7 @@ def _label_as_met(flow: Flow, node: ir.Node) -> None:
             continue
         shape = flow.shape(value) or ()
         for other, block in joint:
-            shift = len(shape) - (rank(flow, other) or 0)
+            shift = len(shape) - (flow.rank(other) or 0)
             axes = tuple(axis + shift for axis in block.axes)
             spans = min(axes) >= 0 and tuple(shape[a] for a in axes) == block.labels.shape
             if spans and all(n == 1 for a, n in enumerate(shape) if a not in axes):
@@ -154,7 +150,7 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
                 flow.freeze_value(value, node, "BARE_AXIS", "is compared with numbers")
             flow.follow(node, index)
             flow.experts.append(chosen)
-            flow.set(node.outputs[0], single(axis + (rank(flow, node.outputs[0]) or 0), chosen))
+            flow.set(node.outputs[0], single(axis + (flow.rank(node.outputs[0]) or 0), chosen))
             return None
     return couple_broadcast(flow, node)
 
@@ -223,8 +219,8 @@ def _nothing_moves(flow: Flow, node: ir.Node) -> bool:
 
 def couple_quantize(flow: Flow, node: ir.Node) -> None:
     """Scale and zero point run along `axis` when they are vectors (per-channel)."""
-    size = rank(flow, node.inputs[0])
-    scale = rank(flow, node.inputs[1])
+    size = flow.rank(node.inputs[0])
+    scale = flow.rank(node.inputs[1])
     if size is None or scale is None or scale > 1 or integer(node, "block_size", 0):
         for value in node.inputs:
             flow.freeze_value(value, node, "UNSUPPORTED_FORM", "blocked quantisation")
@@ -232,7 +228,7 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
     axis = integer(node, "axis", 1) % max(size, 1)
     operands: list[tuple[int, list[int]]] = [(0, list(range(size)))]
     for index in (1, 2):
-        if operand(node, index) is not None and rank(flow, node.inputs[index]) == 1:
+        if operand(node, index) is not None and flow.rank(node.inputs[index]) == 1:
             operands.append((index, [axis]))
     flow.set(node.outputs[0], flow.meet(node, operands, list(range(size))))
 

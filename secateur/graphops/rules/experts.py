@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.units import Axis
-from secateur.graphops.rules.attributes import integer, operand, rank, text
+from secateur.graphops.model.attributes import integer, operand, text
 from secateur.graphops.rules.contraction import all_axes, freeze_all
 from secateur.graphops.rules.registry import register
 
@@ -33,7 +33,7 @@ def couple_moe(flow: Flow, node: ir.Node) -> None:
         return freeze_all(
             flow, node, "UNSUPPORTED_FORM", "ONNX Runtime runs it with one interleaved gate only"
         )
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     if size is None:
         return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     batch: list[Letter] = list(range(size - 1))
@@ -70,7 +70,7 @@ def couple_quantised_moe(flow: Flow, node: ir.Node) -> None:
     for index, value in enumerate(node.inputs):
         if value is None:
             continue
-        size = rank(flow, value)
+        size = flow.rank(value)
         if size is None:
             return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
         letters: list[Letter | None] = [None] * size

@@ -7,8 +7,8 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
+from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.rules import contraction, elementwise
-from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
 
 CONTRIB = "com.microsoft"
@@ -16,12 +16,12 @@ CONTRIB = "com.microsoft"
 
 def couple_skip_norm(flow: Flow, node: ir.Node) -> None:
     """LayerNorm(input + skip + bias): all run together, normalised across the last axis."""
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     if size is None:
         return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
     operands = [
-        (index, letters[size - (rank(flow, value) or 0) :])
+        (index, letters[size - (flow.rank(value) or 0) :])
         for index, value in enumerate(node.inputs)
         if value is not None
     ]
@@ -37,7 +37,7 @@ def couple_skip_norm(flow: Flow, node: ir.Node) -> None:
 
 def couple_fused_matmul(flow: Flow, node: ir.Node) -> None:
     """MatMul with its operands' last two axes transposed on demand."""
-    a, b = rank(flow, node.inputs[0]), rank(flow, node.inputs[1])
+    a, b = flow.rank(node.inputs[0]), flow.rank(node.inputs[1])
     moved = integer(node, "transBatchA", 0) or integer(node, "transBatchB", 0)
     if a is None or b is None or min(a, b) < 2 or moved:
         return contraction.freeze_all(flow, node, "UNSUPPORTED_FORM", "vectors or moved batches")
@@ -56,7 +56,7 @@ def couple_fused_matmul(flow: Flow, node: ir.Node) -> None:
 def macs_fused_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Size of the result × length of the sum."""
     a = node.inputs[0]
-    place = (rank(flow, a) or 2) - (2 if integer(node, "transA", 0) else 1)
+    place = (flow.rank(a) or 2) - (2 if integer(node, "transA", 0) else 1)
     return [(*contraction.all_axes(flow, node.outputs[0]), (str(a.name if a else ""), place))]
 
 

@@ -11,16 +11,15 @@ from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks, Labels, simplify, single
 from secateur.graphops.model import arithmetic
-from secateur.graphops.rules import movement
-from secateur.graphops.rules.attributes import (
+from secateur.graphops.model.attributes import (
     KnowsValues,
     integer,
     integers,
     integers_at,
     operand,
-    rank,
     text,
 )
+from secateur.graphops.rules import movement
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -124,7 +123,7 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
 def couple_split(flow: Flow, node: ir.Node) -> None:
     """Each output takes its range of the labels."""
     value = node.inputs[0]
-    size = rank(flow, value)
+    size = flow.rank(value)
     if value is None or not flow.blocks(value):
         return
     axis = integer(node, "axis", 0) % (size or 1)
@@ -255,7 +254,7 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
     """Known indices take the same labels, chosen ones run with what they were chosen from.
     Others (an embedding) freeze the indexed axis."""
     data, indices = node.inputs[0], node.inputs[1]
-    size, wide = rank(flow, data), rank(flow, indices)
+    size, wide = flow.rank(data), flow.rank(indices)
     chosen = flow.pointed(indices)
     if data is None or (not flow.blocks(data) and chosen is None):
         return None
@@ -286,7 +285,7 @@ def _is_reshape(flow: Flow, node: ir.Node) -> bool:
     shape of which at most one size follows the inputs."""
     data, indices, output = node.inputs[0], node.inputs[1], node.outputs[0]
     shape, name = flow.shape(output), str(indices.name if indices is not None else "")
-    if rank(flow, data) != 1 or shape is None or flow.opset(node) < 5:
+    if flow.rank(data) != 1 or shape is None or flow.opset(node) < 5:
         return False
     for values in (flow.shapes.values, flow.shapes.second_values):
         known = values.get(name)
@@ -337,7 +336,7 @@ def rewrite_gather(surgeon: Surgeon, node: ir.Node) -> None:
 def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
     """Axes that the indices do not reach follow the indices' own. A single index, of chosen
     positions, reaches an axis that runs with what they were chosen from."""
-    data, size = node.inputs[0], rank(flow, node.inputs[0])
+    data, size = node.inputs[0], flow.rank(node.inputs[0])
     indices = flow.shape(node.inputs[1])
     chosen = flow.pointed(node.inputs[1])
     if data is None or (not flow.blocks(data) and chosen is None):
@@ -361,7 +360,7 @@ def couple_gather_nd(flow: Flow, node: ir.Node) -> None:
 def couple_scatter_nd(flow: Flow, node: ir.Node) -> None:
     """Axes that the indices do not reach run together in data, updates and result."""
     data, updates = node.inputs[0], node.inputs[2]
-    size, indices = rank(flow, data), flow.shape(node.inputs[1])
+    size, indices = flow.rank(data), flow.shape(node.inputs[1])
     if data is None or size is None or not indices or indices[-1] is None:
         for value in (data, updates):
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")

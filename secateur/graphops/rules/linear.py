@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.rules.attributes import integer, integers, text
+from secateur.graphops.model.attributes import integer, integers, real, text
 
 Floats = npt.NDArray[np.floating[Any]]
 Places = npt.NDArray[np.int64]
@@ -88,9 +88,7 @@ def linear_matmul(
 
 def linear_gemm(node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]) -> LinearMap | None:
     """`α·A'·B' + C`, B constant. With β other than 1 the bias is not C itself: left alone."""
-    beta = node.attributes.get("beta")
-    alpha = node.attributes.get("alpha")
-    if beta is not None and beta.as_float() != 1.0:
+    if real(node, "beta", 1.0) != 1.0:
         return None
     return Product(
         node,
@@ -98,7 +96,7 @@ def linear_gemm(node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]) -
         y_axis=1,
         bias=2,
         stored=bool(integer(node, "transB", 0)),
-        alpha=1.0 if alpha is None else alpha.as_float(),
+        alpha=real(node, "alpha", 1.0),
     )
 
 

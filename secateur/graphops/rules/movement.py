@@ -13,14 +13,14 @@ from secateur.graphops.coupling import labels as lab
 from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
 from secateur.graphops.coupling.void import of_first
-from secateur.graphops.rules.attributes import integer, integers, integers_at, rank
+from secateur.graphops.model.attributes import integer, integers, integers_at
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 
 def couple_transpose(flow: Flow, node: ir.Node) -> None:
     """Axes permuted."""
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     perm = integers(node, "perm") or list(reversed(range(size or 0)))
     flow.set(node.outputs[0], lab.transpose(flow.blocks(node.inputs[0]), perm))
 
@@ -38,7 +38,7 @@ def couple_squeeze(flow: Flow, node: ir.Node) -> None:
 
 def couple_unsqueeze(flow: Flow, node: ir.Node) -> None:
     """Axes of size 1 inserted."""
-    axes, size = integers_at(flow, node, 1, "axes"), rank(flow, node.outputs[0])
+    axes, size = integers_at(flow, node, 1, "axes"), flow.rank(node.outputs[0])
     if axes is None or size is None:
         return _lose(flow, node)
     return _set(flow, node, lab.insert_axes(flow.blocks(node.inputs[0]), axes, size))

@@ -11,14 +11,14 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Choice, Flow
 from secateur.graphops.coupling.labels import Block, thin
-from secateur.graphops.rules.attributes import integer, operand, rank
+from secateur.graphops.model.attributes import integer, integers, operand
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 
 def couple_per_channel(flow: Flow, node: ir.Node) -> None:
     """Scale, bias, mean and variance run with axis 1."""
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     if size is None:
         for value in node.inputs:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
@@ -56,7 +56,7 @@ def _couple_joint(flow: Flow, node: ir.Node, joint: Block, inexact: bool) -> Non
 
 def couple_across(flow: Flow, node: ir.Node) -> None:
     """Scale and bias are aligned at the right; axes from `axis` on are normalised together."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size is None:
         for item in node.inputs:
             flow.freeze_value(item, node, "UNKNOWN_SHAPE", "the shape is not known")
@@ -65,7 +65,7 @@ def couple_across(flow: Flow, node: ir.Node) -> None:
     operands: list[tuple[int, list[int]]] = [(0, letters)]
     for index in (1, 2):
         if operand(node, index) is not None:
-            wide = rank(flow, node.inputs[index]) or 0
+            wide = flow.rank(node.inputs[index]) or 0
             operands.append((index, letters[size - wide :]))
     blocks = flow.meet(node, operands, letters)
     flow.set(node.outputs[0], blocks)
@@ -104,16 +104,16 @@ def rewrite_group(surgeon: Surgeon, node: ir.Node) -> None:
 
 def couple_mean_variance(flow: Flow, node: ir.Node) -> None:
     """Normalises over `axes` (by default batch and space): channels alone unless listed."""
-    attribute = node.attributes.get("axes")
-    axes = [0, 2, 3] if attribute is None else [int(axis) for axis in attribute.as_ints()]
-    size = rank(flow, node.inputs[0]) or 1
+    given = integers(node, "axes")
+    axes = [0, 2, 3] if given is None else given
+    size = flow.rank(node.inputs[0]) or 1
     _mark_inexact(flow, node, [axis % size for axis in axes])
     flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
 
 
 def couple_lp(flow: Flow, node: ir.Node) -> None:
     """Divides by the norm along `axis`; zeros do not change the norm."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0]) or 1
+    value, size = node.inputs[0], flow.rank(node.inputs[0]) or 1
     axis = integer(node, "axis", -1) % size
     if value is not None and flow.axis(value, axis) is not None:
         flow.contract(node, 0, axis)

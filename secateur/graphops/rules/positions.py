@@ -10,14 +10,14 @@ import onnx_ir as ir
 from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Block, single
-from secateur.graphops.rules.attributes import integer, operand, rank
+from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
 
 def _carry_others(flow: Flow, node: ir.Node, whole: Collection[int], detail: str) -> None:
     """Freezes the axes in `whole` of the first input; labels of the others pass as they are."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or not flow.blocks(value):
         return
     if not size:
@@ -80,7 +80,7 @@ def couple_one_hot(flow: Flow, node: ir.Node) -> None:
 
     The new axis runs with the one that the indices were chosen from.
     """
-    size = rank(flow, node.outputs[0])
+    size = flow.rank(node.outputs[0])
     if not size:
         flow.freeze_value(node.inputs[0], node, "UNKNOWN_SHAPE", "the shape is not known")
         return
@@ -134,7 +134,7 @@ def couple_elements(flow: Flow, node: ir.Node) -> None:
 
 def couple_tensor_scatter(flow: Flow, node: ir.Node) -> None:
     """Cache and update run together but for the batch, which has indices, and the sequence."""
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     if not size:
         for value in node.inputs:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")

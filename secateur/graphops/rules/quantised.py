@@ -14,8 +14,8 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
+from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.rules import contraction, indexing, reduction, spatial
-from secateur.graphops.rules.attributes import integer, operand, rank
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -29,7 +29,7 @@ def _vectors(flow: Flow, node: ir.Node, indices: Sequence[int], letter: Letter) 
     return [
         (index, [letter])
         for index in indices
-        if operand(node, index) is not None and rank(flow, node.inputs[index]) == 1
+        if operand(node, index) is not None and flow.rank(node.inputs[index]) == 1
     ]
 
 
@@ -54,7 +54,7 @@ def couple_dynamic_matmul(flow: Flow, node: ir.Node) -> None:
 
 
 def _couple_product(flow: Flow, node: ir.Node, a: int, b: int, vectors: Sequence[int]) -> None:
-    left, right = rank(flow, node.inputs[a]), rank(flow, node.inputs[b])
+    left, right = flow.rank(node.inputs[a]), flow.rank(node.inputs[b])
     if left is None or right is None or min(left, right) < 2:
         return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     batch = max(left, right) - 2
@@ -74,7 +74,7 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
     right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
     operands: Operands = [(0, left), (3, right), *_vectors(flow, node, [4, 5], "n")]
     if operand(node, 6) is not None:
-        operands.append((6, ["m", "n"][2 - (rank(flow, node.inputs[6]) or 0) :]))
+        operands.append((6, ["m", "n"][2 - (flow.rank(node.inputs[6]) or 0) :]))
     flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
 
 
@@ -114,8 +114,8 @@ def couple_where(flow: Flow, node: ir.Node) -> None:
 
 
 def _couple_aligned(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
-    size = rank(flow, node.outputs[0])
-    ranks = [rank(flow, node.inputs[index]) for index in indices]
+    size = flow.rank(node.outputs[0])
+    ranks = [flow.rank(node.inputs[index]) for index in indices]
     if size is None or None in ranks:
         return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
@@ -146,7 +146,7 @@ def couple_n_bits(flow: Flow, node: ir.Node) -> None:
     """Columns go one by one. What is summed over goes in whole blocks, or in as many as have their
     zero points in one byte."""
     x, b, scales = node.inputs[:3]
-    size, shape = rank(flow, x), flow.shape(b)
+    size, shape = flow.rank(x), flow.shape(b)
     if x is None or b is None or scales is None or not size or shape is None or len(shape) != 3:
         return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
     if integer(node, "weight_prepacked", 0) or operand(node, 4) is not None:

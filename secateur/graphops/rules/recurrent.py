@@ -18,7 +18,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Labels, single
 from secateur.graphops.coupling.units import Axis
-from secateur.graphops.rules.attributes import operand, rank
+from secateur.graphops.model.attributes import operand
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -30,7 +30,7 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
     """Inputs meet W's columns; hidden units are equal in all gates and states."""
     x, w, r = node.inputs[_X], node.inputs[_W], node.inputs[_R]
     shape = flow.shape(r)
-    if x is None or w is None or r is None or shape is None or rank(flow, x) != 3:
+    if x is None or w is None or r is None or shape is None or flow.rank(x) != 3:
         for value in node.inputs:
             flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
         return
@@ -55,7 +55,7 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
             for axis in (0, 1) if index in _STATES else (0,):
                 flow.freeze_axis(value, axis, node, "DIRECTION", "the directions or the batch")
     for output in node.outputs:
-        size = rank(flow, output)
+        size = flow.rank(output)
         if output.name and size:
             flow.set(output, single(size - 1, units) if units.any() else BARE)
 

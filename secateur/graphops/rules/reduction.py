@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.void import summed
-from secateur.graphops.rules.attributes import integer, integers_at, operand, rank
+from secateur.graphops.model.attributes import integer, integers_at, operand
 from secateur.graphops.rules.registry import register
 
 EXACT = "ReduceSum ReduceL1 ReduceL2 ReduceSumSquare"
@@ -18,7 +18,7 @@ INEXACT = "ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumEx
 
 
 def _couple_reduce(flow: Flow, node: ir.Node, exact: bool) -> None:
-    size = rank(flow, node.inputs[0])
+    size = flow.rank(node.inputs[0])
     if not flow.blocks(node.inputs[0]):
         return
     axes = integers_at(flow, node, 1, "axes")
@@ -55,7 +55,7 @@ def couple_softmax(flow: Flow, node: ir.Node) -> None:
 def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
     """A Softmax as defined before opset 13, or since. Of a joint block (a kernel for each head)
     whole rows go, and none that stays changes."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     axis = integer(node, "axis", 1 if old else -1) % max(size, 1)
@@ -72,7 +72,7 @@ def couple_index(flow: Flow, node: ir.Node) -> None:
 
     TopK needs as many as it chooses. Whoever reads the numbers decides whether the axis may be cut.
     """
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     default = -1 if node.op_type == "TopK" else 0
@@ -96,7 +96,7 @@ def couple_index(flow: Flow, node: ir.Node) -> None:
 
 def couple_cumsum(flow: Flow, node: ir.Node) -> None:
     """A running sum carries the other axes; its own must stay whole."""
-    value, axis, size = node.inputs[0], flow.value(node.inputs[1]), rank(flow, node.inputs[0])
+    value, axis, size = node.inputs[0], flow.value(node.inputs[1]), flow.rank(node.inputs[0])
     if value is None or axis is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the axis is not known")
     flow.freeze_axis(value, int(axis.reshape(-1)[0]) % size, node, "ORDERED", "is summed in order")

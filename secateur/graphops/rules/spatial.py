@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Labels, single
-from secateur.graphops.rules.attributes import integer, integers, integers_at, operand, rank
+from secateur.graphops.model.attributes import integer, integers, integers_at, operand, text
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -16,7 +16,7 @@ POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool
 
 def couple_pool(flow: Flow, node: ir.Node) -> None:
     """Axis 1 passes; axes in space, and the batch, must stay whole, unless they hold channels."""
-    value, size = node.inputs[0], rank(flow, node.inputs[0])
+    value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or not flow.blocks(value):
         return None
     if size is None:
@@ -92,9 +92,7 @@ def rewrite_resize(surgeon: Surgeon, node: ir.Node) -> None:
     """Sizes, where given, name the channels too."""
     if operand(node, 3) is None or integers_at(surgeon, node, 3, "") is None:
         return
-    axes = node.attributes.get("axes")
-    places = None if axes is None else [int(axis) for axis in axes.as_ints()]
-    surgeon.resize_shape_input(node, 3, copies=False, axes=places)
+    surgeon.resize_shape_input(node, 3, copies=False, axes=integers(node, "axes"))
 
 
 def rewrite_center_crop_pad(surgeon: Surgeon, node: ir.Node) -> None:
@@ -113,10 +111,9 @@ def couple_depth_to_space(flow: Flow, node: ir.Node) -> None:
     along = flow.axis(value, 1) if value is not None else None
     if along is None:
         return
-    attribute = node.attributes.get("mode")
-    mode = "DCR" if attribute is None else attribute.as_string()
     # DCR reads the channel axis as (b, b, C), CRD as (C, b, b).
-    rows = along.reshape(square, -1).T if mode == "DCR" else along.reshape(-1, square)
+    columns = text(node, "mode", "DCR") == "DCR"
+    rows = along.reshape(square, -1).T if columns else along.reshape(-1, square)
     if square > 1:
         flow.join(node, np.repeat(rows[:, :1], square - 1, axis=1), rows[:, 1:])
     flow.set(node.outputs[0], single(1, rows[:, 0].copy()))

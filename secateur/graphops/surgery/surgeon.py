@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model import arithmetic
+from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.shapes import Array, Shape, real_inputs
 
 Mask = npt.NDArray[np.bool_]
@@ -24,7 +25,7 @@ class Surgeon:
     and `kept` tell what is left.
 
     Args:
-        graph: the clone's.
+        model: the clone.
         coupling: of the original.
         keep: per unit number whether it stays; entry 0 (what cannot be cut) is true.
     """
@@ -116,12 +117,11 @@ class Surgeon:
         if source.op_type != "Shape":
             return None
         tensor = source.inputs[0]
-        axes = np.arange(len(self.shape(tensor)))
-        start, end = source.attributes.get("start"), source.attributes.get("end")
-        axes = axes[slice(start and int(start.value), end and int(end.value))]
+        rank = len(self.shape(tensor))
+        axes = np.arange(rank)[integer(source, "start", 0) : integer(source, "end", rank)]
         if node is not source:
             chosen = [self.value(value) for value in node.inputs[1:]]
-            answer = arithmetic.evaluate(node, [axes, *chosen], self.opset(node))
+            answer = arithmetic.evaluate(node, [axes, *chosen])
             axes = axes if answer is None else answer[0].reshape(-1)
         return bool(set(axes.tolist()) & set(self.changed_sizes(tensor)))
 
@@ -155,8 +155,8 @@ class Surgeon:
     ) -> None:
         """Makes an input a constant. A constant that only this node reads keeps its name."""
         array = np.asarray(values, dtype=like)
-        while len(node.inputs) <= index:
-            node.resize_inputs(len(node.inputs) + 1)
+        if len(node.inputs) <= index:
+            node.resize_inputs(index + 1)
         old = node.inputs[index]
         if old is not None and old.is_initializer() and len(old.uses()) == 1:
             old.const_value = ir.Tensor(array, name=old.name)

@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration.data import Feeds
+from secateur.graphops.model.attributes import integer, integers
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, constant_of, real_inputs
-from secateur.graphops.rules.attributes import integer, integers
 
 # Operators through which an id stays an id, and logits stay logits.
 _PASSES = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})

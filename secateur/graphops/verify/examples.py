@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Feeds
+from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.shapes import Shapes, real_inputs
 
 _MAX_INPUT = 1 << 27  # numbers; what a damaged file asks for can be any size
@@ -20,7 +21,6 @@ def example_feeds(
     shapes: Shapes,
     *,
     batch: int | None = None,
-    second: bool = False,
     seed: int = 0,
 ) -> Feeds:
     """Random inputs that a model accepts.
@@ -30,9 +30,8 @@ def example_feeds(
 
     Args:
         graph: of the model.
-        shapes: with both bindings of symbolic sizes.
+        shapes: of its tensors; sizes are those of the first binding.
         batch: instead of the bound batch size, where the batch is free.
-        second: take the second binding of symbolic sizes.
         seed: of the draw.
     """
     generator = np.random.default_rng(seed)
@@ -41,7 +40,7 @@ def example_feeds(
     for value in real_inputs(graph):
         name = str(value.name)
         pair = shapes.inputs[name]
-        shape = list(pair[1] if second else pair[0])
+        shape = list(pair[0])
         if batch is not None and shape and pair[0][0] != pair[1][0]:
             shape[0] = batch
         if math.prod(shape) > _MAX_INPUT:
@@ -83,8 +82,7 @@ def _table_rows(graph: ir.Graph, shapes: Shapes) -> Mapping[str, int]:
             for user, index in current.uses():
                 if user.op_type == "Gather" and index == 1 and user.inputs[0] is not None:
                     table = shapes.of(str(user.inputs[0].name)) or ()
-                    attribute = user.attributes.get("axis")
-                    axis = 0 if attribute is None else int(attribute.as_int())
+                    axis = integer(user, "axis", 0)
                     if table and table[axis]:
                         size = int(table[axis] or 1)
                         rows[str(value.name)] = min(size, rows.get(str(value.name), size))
