@@ -171,7 +171,7 @@ def prune(
         typer.Option(
             metavar="KEY=VALUE",
             help="What is kept, as a fraction of the original: channels, params, macs, layers, "
-            "latency, size (also in bytes: 4MiB).",
+            "latency, size or memory (also in bytes: 4MiB).",
         ),
     ] = None,
     criterion: Annotated[

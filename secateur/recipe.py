@@ -14,8 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.errors import Code, refuse
 from secateur.sparsity import Pattern
 
-TARGETS = ("channels", "params", "macs", "layers", "size", "latency")
-BUDGETS = ("macs", "params", "size", "latency")  # what a target can count of the whole model
+TARGETS = ("channels", "params", "macs", "layers", "size", "latency", "memory")
+BUDGETS = (
+    "macs",
+    "params",
+    "size",
+    "latency",
+    "memory",
+)  # what a target can count of the whole model
+IN_BYTES = ("size", "memory")  # targets that may be a number of bytes
 Criterion = Literal[
     "l1",
     "l2",
@@ -46,13 +53,13 @@ Scope = Literal["local", "global", "measured"]
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def _bytes(text: str) -> float:
+def _bytes(target: str, text: str) -> float:
     """A share, or a number of bytes with or without a unit."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if found is None or found[2].lower() not in ("", *_UNITS):
         raise refuse(
             Code.INVALID_TARGET,
-            f"target size={text} is not a size",
+            f"target {target}={text} is not a size",
             nodes=("target",),
             expected="a share, or bytes: 0.5, 4MiB, 500kB",
             found=text,
@@ -70,10 +77,11 @@ class Recipe(BaseModel):
             the matrix products with weights; with `granularity=layer`), `size` (of the file that
             is written, sparsity and quantisation counted; also in bytes, a number above 1 or a
             text like `4MiB`), `latency` (median time of a run of one sample in ONNX Runtime on
-            this machine, measured as units go, so that it is not the same bytes twice); these
-            two not with `granularity=layer` or `rank`. Each is met from below, as closely as one
-            unit, rounding step or region allows. Several: all hold. Empty where only single
-            weights go.
+            this machine), `memory` (bytes by which a fresh process grows over such a run; stated
+            as `size` is). These two are measured as units go, and need not give the same bytes
+            twice. The last three not with `granularity=layer` or `rank`. Each is met from below,
+            as closely as one unit, rounding step or region allows. Several: all hold. Empty where
+            only single weights go.
         criterion: how units are ranked (`docs/guide.md`); those after `random` need calibration
             data. None: `reconstruction` with calibration
             data, else `l2`.
@@ -118,7 +126,7 @@ class Recipe(BaseModel):
         quantize: what is left to `int8` (QDQ, scales from calibration data), `int8_dynamic`
             (scales at run time) or `fp16`.
         seed: of everything random. Same input, recipe, seed and version: same bytes, but for a
-            target of `latency`.
+            target that is measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -150,9 +158,10 @@ class Recipe(BaseModel):
     @pydantic.field_validator("target", mode="before")
     @classmethod
     def _read_size(cls, target: Any) -> Any:
-        if isinstance(target, dict) and isinstance(target.get("size"), str):
-            return {**target, "size": _bytes(target["size"])}
-        return target
+        if not isinstance(target, dict):
+            return target
+        texts = {key: value for key, value in target.items() if isinstance(value, str)}
+        return {**target, **{key: _bytes(key, texts[key]) for key in IN_BYTES if key in texts}}
 
     @pydantic.field_validator("sparsity", mode="before")
     @classmethod
@@ -251,7 +260,7 @@ class Recipe(BaseModel):
                     expected=f"one of {', '.join(TARGETS)}",
                     found=key,
                 )
-            in_bytes = key == "size" and 1.0 < value < math.inf
+            in_bytes = key in IN_BYTES and 1.0 < value < math.inf
             if not (0.0 < value <= 1.0 or in_bytes):  # also refuses NaN
                 raise refuse(
                     Code.INVALID_TARGET,
@@ -349,7 +358,7 @@ class Recipe(BaseModel):
                     expected=f"no {field}",
                     found=value,
                 )
-        for target, near in (("size", "params"), ("latency", "macs")):
+        for target, near in (("size", "params"), ("latency", "macs"), ("memory", "params")):
             if target in self.target:
                 raise refuse(
                     Code.INVALID_RECIPE,

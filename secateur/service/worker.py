@@ -98,6 +98,7 @@ def _prune(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> Non
         external_data=job["external_data"],
         max_nodes=job["max_nodes"],
         sha256=job["sha256"],
+        memory_meter=channel.memory,
     )
     if result.weights is not None:
         shutil.move(result.weights.path, folder / WEIGHTS_NAME)
@@ -127,17 +128,12 @@ def _inspect(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> N
 
 
 def _profile(engine: Any, job: Job, folder: pathlib.Path, channel: Channel) -> None:
-    def memory_meter(model: str, feeds: str) -> int | None:
-        channel.send({"measure": [model, feeds]})
-        answer: int | None = channel.receive()["bytes"]
-        return answer
-
     found = engine.profile(
         folder / job["model"],
         against=folder / job["against"] if job["against"] else None,
         external_data=job["external_data"],
         max_nodes=job["max_nodes"],
-        memory_meter=memory_meter,
+        memory_meter=channel.memory,
     )
     _write(folder / "profile.json", found)
 
@@ -236,6 +232,12 @@ class Channel:
     def receive(self) -> dict[str, Any]:
         """The next message; waits for it."""
         return self._received.get()
+
+    def memory(self, model: str, feeds: str) -> int | None:
+        """Bytes that a model takes: a `MemoryMeter`."""
+        self.send({"measure": [model, feeds]})
+        answer: int | None = self.receive()["bytes"]
+        return answer
 
     def _read(self, incoming: IO[bytes]) -> None:
         for line in incoming:

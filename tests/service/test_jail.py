@@ -230,6 +230,10 @@ def test_memory_is_measured_though_workers_start_no_process(
     assert here
     assert there
     assert 0.5 < there / here < 2
+    report = client.prune(wide, secateur.Recipe(target={"memory": 0.9})).report
+    assert report.before.peak_memory_bytes
+    assert report.after.peak_memory_bytes
+    assert report.after.peak_memory_bytes < report.before.peak_memory_bytes
 
 
 def test_a_worker_gets_little_of_the_environment(

@@ -27,6 +27,7 @@ from secateur.graphops.planning.planner import unreachable
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores
+from secateur.graphops.profile import measure
 from secateur.graphops.repair.repair import repair
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.surgery.cut import cut
@@ -128,6 +129,7 @@ def choose(
     samples: Samples | None,
     plan: Plan | None,
     clock: Clock,
+    memory_meter: measure.MemoryMeter,
 ) -> _Choice:
     """Which regions go, what is split, and which units of the rest go; or what a plan says."""
     if plan is None and {"layer", "rank"} & set(recipe.granularity):
@@ -142,7 +144,7 @@ def choose(
         offered = _candidates(structure.rest, recipe, samples)
         chosen = replay.products_factored(plan, offered, analysed.opened.sha256)
         structure = structure.split(offered, chosen, samples, recipe)
-    return _Choice(structure, decide(structure.rest, recipe, samples, plan, clock))
+    return _Choice(structure, decide(structure.rest, recipe, samples, plan, clock, memory_meter))
 
 
 def _choose_structure(
@@ -375,7 +377,12 @@ class _Divide:
 
 
 def decide(
-    analysed: Analysed, recipe: Recipe, samples: Samples | None, plan: Plan | None, clock: Clock
+    analysed: Analysed,
+    recipe: Recipe,
+    samples: Samples | None,
+    plan: Plan | None,
+    clock: Clock,
+    memory_meter: measure.MemoryMeter = measure.peak_memory,
 ) -> _Decision:
     """Scores, measures and plans; or reads a plan."""
     coupling, observed = analysed.coupling, None
@@ -406,11 +413,14 @@ def decide(
         given: dict[str, planner.Measure] = {}
         if "macs" in recipe.target:
             given["macs"] = cost.macs(coupling).of, float(analysed.macs)
-        trial = Trial(analysed, recipe, samples, functools.partial(clock.tell, Stage.PLANNING))
+        tell = functools.partial(clock.tell, Stage.PLANNING)
+        trial = Trial(analysed, recipe, samples, memory_meter, tell)
         if "size" in recipe.target:
             given["size"] = trial.size, float(analysed.opened.size)
         if "latency" in recipe.target:
             given["latency"] = trial.latency, 1.0
+        if "memory" in recipe.target:
+            given["memory"] = trial.memory, float(trial.memory_before)
         keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
     return _Decision(keep, observed, curves)
 

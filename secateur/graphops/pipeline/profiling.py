@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import tempfile
 from dataclasses import dataclass, replace
 
-import numpy as np
 import onnxruntime as ort
 
 from secateur.graphops.calibration import Feeds
@@ -88,7 +86,7 @@ class _Measured:
             params=self.analysed.params,
             bytes=opened.size,
             latency=latency,
-            peak_memory_bytes=self._peak_memory(memory_meter),
+            peak_memory_bytes=measure.memory_of(self.source, self.feeds, memory_meter),
         )
         nonzero = self.analysed.nonzero
         if nonzero is None or nonzero > _SPARSE * found.params:
@@ -97,13 +95,3 @@ class _Measured:
         return with_zeros(
             found, nonzero, source if isinstance(source, bytes) else pathlib.Path(source)
         )
-
-    def _peak_memory(self, memory_meter: measure.MemoryMeter) -> int | None:
-        with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-            path = self.source
-            if isinstance(path, bytes):
-                path = str(pathlib.Path(folder, "model.onnx"))
-                pathlib.Path(path).write_bytes(self.source)  # type: ignore[arg-type]
-            feeds = pathlib.Path(folder, "feeds.npz")
-            np.savez(feeds, **self.feeds)  # type: ignore[arg-type]
-            return memory_meter(path, str(feeds))

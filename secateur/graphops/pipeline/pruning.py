@@ -92,6 +92,7 @@ def prune(
     measure_latency: bool = True,
     max_nodes: int | None = None,
     sha256: str | None = None,
+    memory_meter: measure.MemoryMeter = measure.peak_memory,
 ) -> Result:
     """Prunes a model and proves that the result runs.
 
@@ -110,6 +111,7 @@ def prune(
         measure_latency: whether to time original and result in ONNX Runtime.
         max_nodes: how many nodes the model may have, functions inlined; None: any number.
         sha256: hex digest of the serialised model, for whoever knows it; None: it is computed.
+        memory_meter: how memory is measured, for callers that may not start processes.
 
     Returns:
         the pruned model, the plan and the report.
@@ -123,7 +125,7 @@ def prune(
     opener = functools.partial(
         open_model, external_data=external_data, max_nodes=max_nodes, sha256=sha256
     )
-    done = _cut(model, recipe, _Data(calibration, labels), plan, opener, clock)
+    done = _cut(model, recipe, _Data(calibration, labels), plan, opener, memory_meter, clock)
     before, after = done.before, done.after
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
@@ -140,6 +142,15 @@ def prune(
             first, second = _latencies(done)
             before = before.model_copy(update={"latency": first})
             after = after.model_copy(update={"latency": second})
+        if "memory" in recipe.target:
+            before, after = (
+                cost.model_copy(
+                    update={
+                        "peak_memory_bytes": measure.memory_of(model, done.sample, memory_meter)
+                    }
+                )
+                for cost, model in ((before, done.source), (after, done.serialised.runnable))
+            )
     clock.done()
     report = Report(
         before=before,
@@ -222,6 +233,7 @@ def _cut(
     given: _Data,
     plan: Plan | None,
     opener: Opener,
+    memory_meter: measure.MemoryMeter,
     clock: Clock,
 ) -> _Done:
     """The stages up to the pruned model, and everything that running it needs."""
@@ -237,7 +249,7 @@ def _cut(
             if scored is not None:
                 raise _labels_count_tokens()
     with one_blas_thread():
-        choice = choose(analysed, recipe, samples, plan, clock)
+        choice = choose(analysed, recipe, samples, plan, clock, memory_meter)
         structure, decision = choice.structure, choice.decision
         rest = structure.rest
         with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):

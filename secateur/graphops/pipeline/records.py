@@ -153,6 +153,14 @@ def warnings_of(before: Cost, after: Cost, target: Mapping[str, float]) -> tuple
                 f"latency={target['latency']:g} held while units went, and measured again at the "
                 f"end it is {ratio:.3f}: this machine is busy, or its time comes in steps"
             )
+    if before.peak_memory_bytes and after.peak_memory_bytes and "memory" in target:
+        asked = target["memory"]
+        limit = asked * before.peak_memory_bytes if asked <= 1 else asked
+        if after.peak_memory_bytes > limit:
+            warnings.append(
+                f"memory={asked:g} held while units went, and measured again at the end the result "
+                f"takes {after.peak_memory_bytes} bytes, more than {limit:.0f}"
+            )
     if after.nonzero is not None and after.compressed_bytes is not None:
         warnings.append(
             f"{after.nonzero / after.params:.1%} of the weights are not zero. ONNX Runtime's CPU "

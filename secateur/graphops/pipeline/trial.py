@@ -1,4 +1,4 @@
-"""What a choice of units comes to when it is carried out: bytes of a file, and its latency."""
+"""What a choice of units comes to when it is carried out: in bytes, time and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import onnxruntime as ort
 
-from secateur.graphops.calibration import Samples
+from secateur.errors import Code, refuse
+from secateur.graphops.calibration import Feeds, Samples
 from secateur.graphops.model.aside import LARGE
 from secateur.graphops.model.writing import Serialised, serialise
 from secateur.graphops.pipeline.analysed import Analysed, examples, one_sample
@@ -32,6 +33,7 @@ class Trial:
         analysed: the model.
         recipe: what comes after the cut.
         samples: of calibration, where there are any.
+        meter: how memory is measured.
         tell: called with a share of the work that is done; how much there is shows at its end.
     """
 
@@ -40,11 +42,13 @@ class Trial:
         analysed: Analysed,
         recipe: Recipe,
         samples: Samples | None,
+        meter: measure.MemoryMeter,
         tell: Callable[[float], None],
     ) -> None:
         self._analysed = analysed
         self._recipe = recipe
         self._seen = () if samples is None else samples.seen
+        self._meter = meter
         self._tell = tell
         self._left = 1.0
 
@@ -61,13 +65,42 @@ class Trial:
                 (lambda: self._original) if together else self._open_original,
                 functools.partial(open_session, written.runnable),
             ],
-            one_sample(analysed, (self._seen or examples(analysed))[0]),
+            self._sample,
             seconds=_SECONDS,
             together=together,
         )
-        self._left *= 0.8
-        self._tell(1.0 - self._left)
+        self._told()
         return second.p50_ms / first.p50_ms
+
+    def memory(self, keep: Mask) -> int:
+        """Bytes by which a fresh process grows over a run of one sample."""
+        return self._grown(self._written(keep))
+
+    @functools.cached_property
+    def memory_before(self) -> int:
+        """The same of the original.
+
+        Raises:
+            Refused: `INVALID_TARGET` where this system does not tell.
+        """
+        return self._grown(serialise(self._analysed.opened.model))
+
+    def _grown(self, written: Serialised) -> int:
+        found = measure.memory_of(written.runnable, self._sample, self._meter)
+        if found is None:
+            raise refuse(
+                Code.INVALID_TARGET,
+                "this system does not tell how much memory a process takes",
+                expected="a target that can be measured here",
+                found="memory",
+                hint="size=… is close to it.",
+            )
+        self._told()
+        return found
+
+    @functools.cached_property
+    def _sample(self) -> Feeds:
+        return one_sample(self._analysed, (self._seen or examples(self._analysed))[0])
 
     @functools.cached_property
     def _original(self) -> ort.InferenceSession:
@@ -75,6 +108,10 @@ class Trial:
 
     def _open_original(self) -> ort.InferenceSession:
         return open_session(serialise(self._analysed.opened.model).runnable)
+
+    def _told(self) -> None:
+        self._left *= 0.8
+        self._tell(1.0 - self._left)
 
     def _written(self, keep: Mask) -> Serialised:
         """As written in the end, but for the numbers.

@@ -25,7 +25,8 @@ from secateur.recipe import BUDGETS, Recipe
 # What a target counts of a choice of units, and how much of it the original has.
 Measure = tuple[Callable[[Mask], float], float]
 
-_CARRIED_OUT = {"size", "latency"}  # targets that are counted by writing, and running, a file
+_MEASURED = {"latency", "memory"}  # targets that are not the same twice
+_CARRIED_OUT = _MEASURED | {"size"}  # that are counted by writing a file
 
 
 def choose(
@@ -45,7 +46,7 @@ def choose(
         params_before: of the original, copies that unsharing made not counted.
         curves: measured drift by index of the group, for measured scope.
         given: what targets count that the coupling does not know: the `size` of the file, its
-            `latency`, and `macs` where regions of the original have gone.
+            `latency` and `memory`, and `macs` where regions of the original have gone.
 
     Returns:
         per unit number whether it stays; entry 0 is true.
@@ -90,7 +91,7 @@ def choose(
 
 def _measure(coupling: Coupling, target: str, params_before: int) -> Measure:
     """What a target counts, and its value for the original."""
-    if target == "size":  # near enough to say which steps save most
+    if target in ("size", "memory"):  # near enough to say which steps save most
         constants = cost.constant_bytes(coupling)
         return constants.of, float(constants.of(np.ones(coupling.count + 1, np.bool_)))
     if target == "channels":
@@ -144,7 +145,7 @@ class _Search:
             else:
                 low = middle + 1
             found = low == high < len(self._steps)
-            if found and target == "latency" and measure(self._without(low)) > limit:
+            if found and target in _MEASURED and measure(self._without(low)) > limit:
                 low, high = low + 1, len(self._steps)  # it was met by chance
         return low
 

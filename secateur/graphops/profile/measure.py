@@ -9,6 +9,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -100,3 +101,15 @@ def peak_memory(path: str, feeds_path: str) -> int | None:
         timeout=600,
     )
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None
+
+
+def memory_of(model: bytes | str, feeds: Feeds, meter: MemoryMeter) -> int | None:
+    """As `peak_memory`, of a model that is serialised or a path, on inputs that are held."""
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        path = model
+        if isinstance(path, bytes):
+            path = str(pathlib.Path(folder, "model.onnx"))
+            pathlib.Path(path).write_bytes(model)  # type: ignore[arg-type]
+        place = pathlib.Path(folder, "feeds.npz")
+        np.savez(place, **feeds)  # type: ignore[arg-type]
+        return meter(path, str(place))

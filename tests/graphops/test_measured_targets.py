@@ -1,4 +1,4 @@
-"""The target `latency`: how many units go is measured in ONNX Runtime."""
+"""The targets `latency` and `memory`: how many units go is measured in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from nets import Net
 
 import secateur
 import secateur.graphops
@@ -108,10 +109,11 @@ def test_a_result_that_is_slower_than_asked_says_so(monkeypatch: pytest.MonkeyPa
     assert any("latency=0.6" in text and "0.900" in text for text in warnings)
 
 
+@pytest.mark.parametrize("target", ["latency", "memory"])
 @pytest.mark.parametrize("kind", ["layer", "rank"])
-def test_kinds_that_cannot_be_timed_beforehand_are_refused(kind: str) -> None:
+def test_kinds_that_cannot_be_tried_beforehand_are_refused(kind: str, target: str) -> None:
     calibration = DIGITS / "calibration.npz"
-    recipe = secateur.Recipe.parse({"target": {"latency": 0.5}, "granularity": [kind, "channel"]})
+    recipe = secateur.Recipe.parse({"target": {target: 0.5}, "granularity": [kind, "channel"]})
     with pytest.raises(Refused) as caught:
         secateur.graphops.prune(CNN, recipe, calibration=calibration)
     assert caught.value.refusal.code is Code.INVALID_RECIPE
@@ -122,3 +124,45 @@ def test_with_calibration_the_budget_is_divided_by_what_is_measured() -> None:
     result = secateur.graphops.prune(CNN, recipe, calibration=DIGITS / "calibration.npz")
     assert result.report.sensitivity
     assert result.report.repair
+
+
+def wide() -> bytes:
+    """A model whose weights take most of its memory: 16 MiB."""
+    net = Net()
+    x = net.op("Relu", net.op("MatMul", net.input("x", ["N", 1024]), net.floats(1024, 2048)))
+    net.output(net.op("MatMul", x, net.floats(2048, 1024)))
+    return net.bytes()
+
+
+def test_memory_is_met_and_reported() -> None:
+    recipe = secateur.Recipe(target={"memory": 0.7})
+    report = secateur.graphops.prune(wide(), recipe, measure_latency=False).report
+    before, after = report.before.peak_memory_bytes, report.after.peak_memory_bytes
+    assert before is not None
+    assert after is not None
+    assert after < before
+    assert 0.4 * report.before.params < report.after.params < report.before.params
+
+
+def test_memory_may_be_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "memory", lambda trial, keep: 1000 * int(keep.sum()))
+    result = prune(target={"memory": "0.1MB"}, round_to=1)
+    assert sum(group.kept for group in result.report.groups) + 1 == 100
+
+
+def test_a_system_that_does_not_tell_memory_is_told_apart() -> None:
+    recipe = secateur.Recipe(target={"memory": 0.7})
+    with pytest.raises(Refused) as caught:
+        secateur.graphops.prune(CNN, recipe, memory_meter=lambda model, feeds: None)
+    assert caught.value.refusal.code is Code.INVALID_TARGET
+
+
+def test_a_result_that_takes_more_memory_than_asked_says_so() -> None:
+    answers = iter([1000, *[100] * 30])  # the original, and candidates
+
+    def meter(model: str, feeds: str) -> int:
+        return next(answers)
+
+    recipe = secateur.Recipe(target={"memory": 0.5})
+    result = secateur.graphops.prune(CNN, recipe, measure_latency=False, memory_meter=meter)
+    assert any("memory=0.5" in text for text in result.report.warnings)  # now 100 against 100
