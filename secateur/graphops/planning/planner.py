@@ -71,13 +71,14 @@ def choose(
     search = _Search(coupling, steps)
     taken = 0
     goals: list[tuple[Callable[[Mask], float], float]] = []
-    for target, fraction in recipe.target.items():
+    # what takes long comes last, and begins where the others end
+    for target, fraction in sorted(recipe.target.items(), key=lambda one: one[0] in _CARRIED_OUT):
         if target == "layers" or (target == "channels" and recipe.scope == "local"):
             continue
         measure, original = given.get(target) or _measure(coupling, target, params_before)
         if target not in _CARRIED_OUT:
             goals.append((measure, fraction * original))
-        taken = max(taken, search.prefix(target, measure, fraction, original))
+        taken = search.prefix(target, measure, fraction, original, taken)
     gone = np.zeros(len(steps), np.bool_)
     gone[:taken] = True
     fixed = np.zeros(len(steps), np.bool_)
@@ -126,18 +127,23 @@ class _Search:
         return self.keep(np.arange(len(self._steps)) < steps)
 
     def prefix(
-        self, target: str, measure: Callable[[Mask], float], fraction: float, original: float
+        self,
+        target: str,
+        measure: Callable[[Mask], float],
+        fraction: float,
+        original: float,
+        least: int,
     ) -> int:
-        """The fewest steps that meet a target.
+        """The fewest steps, `least` or more, that meet a target.
 
         Raises:
             Refused: `UNREACHABLE_TARGET` when all of them do not.
         """
         limit = fraction * original if fraction <= 1 else fraction
-        low, high = 0, len(self._steps)
-        least = measure(self._without(high))
-        if least > limit:
-            raise unreachable(target, fraction, least / original if fraction <= 1 else least)
+        low, high = least, len(self._steps)
+        closest = measure(self._without(high))
+        if closest > limit:
+            raise unreachable(target, fraction, closest / original if fraction <= 1 else closest)
         while low < high:
             middle = (low + high) // 2
             if measure(self._without(middle)) <= limit:
