@@ -182,7 +182,8 @@ class _Walk:
         """A node needs what hangs on some labels: one of them stays."""
         if len(one.gone) > 1:
             self._flow.keep(np.array(sorted(one.gone), np.int32))
-        for label in one.gone if len(one.gone) == 1 else ():
+        else:
+            (label,) = one.gone
             self._stuck.setdefault(label, one.since or node)
 
 

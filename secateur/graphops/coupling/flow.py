@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, single, thin
+from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, rows_along, thin
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Array, Shape, Shapes
 
@@ -227,6 +227,11 @@ class Flow:
                 return self.collapse(value, block, axis).labels
         return None
 
+    def line(self, value: ir.Value, axis: int, size: int) -> Labels:
+        """As `axis`, with `size` times FIXED where it is bare."""
+        labels = self.axis(value, axis)
+        return np.zeros(size, np.int32) if labels is None else labels
+
     # -- stating -------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Labels:
@@ -285,6 +290,24 @@ class Flow:
                 labels[other == FIXED], node, "BARE_AXIS", "meets positions that cannot be cut"
             )
 
+    def join_rows(self, node: ir.Node, rows: Labels) -> None:
+        """States that the labels of each row go together; (rows, labels of one)."""
+        if rows.shape[1] > 1:
+            self.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+
+    def join_slices(self, labels: Labels, place: int) -> Labels:
+        """States that whole slices along one axis of a joint block go together.
+
+        Returns:
+            one label per slice, FIXED where a part of it cannot be cut.
+        """
+        rows = rows_along(labels, place)
+        first = np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1)
+        self.equal.append((first.reshape(-1), rows[:, 1:].reshape(-1)))
+        fixed = (rows == FIXED).any(axis=1)
+        self.freeze(rows[fixed], None, "BARE_AXIS", "part of it cannot be cut")
+        return np.where(fixed, FIXED, rows[:, 0]).astype(np.int32)
+
     def freeze(self, labels: Labels, node: ir.Node | None, code: str, detail: str) -> None:
         """Keeps positions, for a reason."""
         labels = labels.reshape(-1)
@@ -306,6 +329,11 @@ class Flow:
         """Keeps all of a tensor."""
         for block in self.blocks(value):
             self.freeze(block.labels, node, code, detail)
+
+    def freeze_inputs(self, node: ir.Node, code: str, detail: str) -> None:
+        """Keeps all of everything that a node reads."""
+        for value in node.inputs:
+            self.freeze_value(value, node, code, detail)
 
     def freeze_axis(
         self, value: ir.Value, axis: int, node: ir.Node, code: str, detail: str
@@ -343,16 +371,7 @@ class Flow:
         """Makes whole slices along `axis` the units of a joint block: equal along the others."""
         if block.axes == (axis,):
             return block
-        place = block.axes.index(axis)
-        rows = np.moveaxis(block.labels, place, 0).reshape(block.labels.shape[place], -1)
-        self.equal.append(
-            (np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1).reshape(-1), rows[:, 1:].reshape(-1))
-        )
-        fixed = (rows == FIXED).any(axis=1)
-        if fixed.any():
-            for labels in rows[fixed]:
-                self.freeze(labels, None, "BARE_AXIS", "part of it cannot be cut")
-        result = Block((axis,), np.where(fixed, FIXED, rows[:, 0]).astype(np.int32))
+        result = Block((axis,), self.join_slices(block.labels, block.axes.index(axis)))
         if value.name:
             others = (result if other is block else other for other in self.blocks(value))
             self.blocks_of[value.name] = tuple(others)
@@ -644,8 +663,3 @@ class _Views:
                 order_of_axes = np.argsort(axes)
                 blocks += (Block(tuple(sorted(axes)), np.transpose(labels, order_of_axes)),)
         return blocks
-
-
-def column(labels: Labels | None, axis: int) -> Blocks:
-    """Blocks of a tensor that carries labels along one axis only."""
-    return BARE if labels is None else single(axis, labels)

@@ -197,22 +197,15 @@ def _state(flow: Flow, choice: Choice, rows: bool) -> None:
     node = choice.node
     if rows:
         columns = [*choice.matrices, *(vector[:, None] for vector in choice.rows)]
-        _equate(flow, choice, np.concatenate(columns, axis=1))
+        flow.join_rows(node, np.concatenate(columns, axis=1))
         for _, vector in choice.columns:
             flow.freeze(vector, node, "GROUPS", "whole groups go")
         return
     for matrix in choice.matrices:
-        _equate(flow, choice, matrix.T)
+        flow.join_rows(node, matrix.T)
     for index, vector in choice.columns:
         flow.join(
             node, choice.matrices[index], np.broadcast_to(vector, choice.matrices[index].shape)
         )
     for vector in choice.rows:
         flow.freeze(vector, node, "GROUPS", "every group stays")
-
-
-def _equate(flow: Flow, choice: Choice, matrix: Labels) -> None:
-    """Makes the labels of each row equal."""
-    if matrix.shape[1] > 1:
-        first = np.repeat(matrix[:, :1], matrix.shape[1] - 1, axis=1)
-        flow.join(choice.node, first, matrix[:, 1:])

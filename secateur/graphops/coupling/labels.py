@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Labels = npt.NDArray[np.int32]
+
+_T = TypeVar("_T", bound=np.generic)
 
 FIXED = 0  # the label of positions that cannot be cut
 
@@ -41,6 +44,11 @@ BARE: Blocks = ()
 def single(axis: int, labels: Labels) -> Blocks:
     """One block over one axis; bare if nothing in it can be cut."""
     return (Block((axis,), labels),) if labels.any() else BARE
+
+
+def rows_along(array: npt.NDArray[_T], place: int) -> npt.NDArray[_T]:
+    """What lies at each position of an axis, flat: (size of the axis, sizes of the others)."""
+    return np.moveaxis(array, place, 0).reshape(array.shape[place], -1)
 
 
 def transpose(blocks: Blocks, perm: Sequence[int]) -> Blocks:
@@ -129,7 +137,7 @@ def thin(labels: Labels) -> Labels:
     become channels.
     """
     for place in range(labels.ndim):
-        lines = np.moveaxis(labels, place, 0).reshape(labels.shape[place], -1)
+        lines = rows_along(labels, place)
         new = np.ones(lines.shape[0], np.bool_)
         new[1:] = (lines[1:] != lines[:-1]).any(axis=1)
         if not new.all():

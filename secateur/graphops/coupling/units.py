@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Contraction, Flow, Join, Reason
 from secateur.graphops.coupling.grouping import components, decide, frozen_components
-from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, thin
+from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, rows_along, thin
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.recipe import Grouped
@@ -113,7 +113,7 @@ class Coupling:
                 place = 0
                 if units.ndim > 1:
                     place = _varying_axis(units)
-                    units = np.moveaxis(units, place, 0).reshape(units.shape[place], -1)[:, 0]
+                    units = rows_along(units, place)[:, 0]
                 known[block.axes[place]] = units
             self._cache[name] = known
         return known
@@ -159,20 +159,13 @@ def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
             # One axis must be chosen: the one with the most slices free of frozen members.
             free = [_free_slices(frozen[parts], place) for place in varying]
             place = varying[int(np.argmax(free))]
-            rows = np.moveaxis(labels, place, 0).reshape(labels.shape[place], -1)
-            flow.equal.append(
-                (np.repeat(rows[:, :1], rows.shape[1] - 1, 1).reshape(-1), rows[:, 1:].reshape(-1))
-            )
-            fixed = (rows == FIXED).any(axis=1)
-            if fixed.any():
-                flow.freeze(rows[fixed], None, "BARE_AXIS", "part of it cannot be cut")
+            flow.join_slices(labels, place)
         if not changed:
             return count, component
 
 
 def _free_slices(frozen: npt.NDArray[np.bool_], place: int) -> int:
-    rows = np.moveaxis(frozen, place, 0).reshape(frozen.shape[place], -1)
-    return int((~rows.any(axis=1)).sum())
+    return int((~rows_along(frozen, place).any(axis=1)).sum())
 
 
 def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> Coupling:
@@ -315,9 +308,7 @@ def _unique_ids(groups: list[UnitGroup]) -> tuple[UnitGroup, ...]:
     for group in groups:
         seen[group.id] = seen.get(group.id, 0) + 1
         suffix = f"#{seen[group.id]}" if seen[group.id] > 1 else ""
-        result.append(
-            UnitGroup(group.id + suffix, group.kind, group.units, group.axes, group.normalised_by)
-        )
+        result.append(replace(group, id=group.id + suffix))
     return tuple(result)
 
 

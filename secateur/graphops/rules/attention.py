@@ -17,7 +17,7 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Labels, single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, integers, operand
-from secateur.graphops.rules.contraction import all_axes, freeze_all
+from secateur.graphops.rules.contraction import all_axes
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -25,10 +25,8 @@ CONTRIB = "com.microsoft"
 
 
 def _line(flow: Flow, value: ir.Value, axis: int) -> Labels:
-    """The labels along an axis, zeros where it is bare."""
-    labels = flow.axis(value, axis)
-    size = (flow.shape(value) or ())[axis] or 0
-    return np.zeros(size, np.int32) if labels is None else labels
+    """The labels along an axis of known size, FIXED where it is bare."""
+    return flow.line(value, axis, (flow.shape(value) or ())[axis] or 0)
 
 
 def couple_heads(
@@ -57,8 +55,7 @@ def couple_heads(
         rows = query
     else:
         rows = np.concatenate([query.reshape(shared, -1), key, value], axis=1)
-    if rows.shape[1] > 1:
-        flow.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    flow.join_rows(node, rows)
     flow.heads.append(rows[:, 0])
     key_heads = np.zeros(1, np.int32) if rows is query else rows[:, 0]
     return (rows[:, 0] if rows is query else np.repeat(rows[:, 0], heads // shared)), key_heads
@@ -109,7 +106,7 @@ def couple_attention(flow: Flow, node: ir.Node) -> None:
     inputs = [value for value in node.inputs[:3] if value is not None]
     shapes = [flow.shape(value) for value in inputs]
     if len(inputs) < 3 or any(shape is None for shape in shapes) or len(node.outputs) > 3:
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "shapes or outputs not supported")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "shapes or outputs not supported")
     q, k = shapes[0] or (), shapes[1] or ()
     heads = (
         (q[1] or 1, k[1] or 1)
@@ -138,7 +135,7 @@ def couple_multi_head(flow: Flow, node: ir.Node) -> None:
     """com.microsoft MultiHeadAttention with separate queries, keys and values; one joint bias."""
     inputs = [value for value in node.inputs[:3] if value is not None]
     if len(inputs) < 3 or any(flow.rank(value) not in (3, 4) for value in inputs):
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "packed queries, keys and values")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     count = integer(node, "num_heads", 1)
     _join_bias(flow, node, operand(node, 3), inputs)
     caches = (operand(node, 6), operand(node, 7))
@@ -166,7 +163,7 @@ def couple_packed_quantised(flow: Flow, node: ir.Node) -> None:
 def _couple_packed(flow: Flow, node: ir.Node, past: int, vectors: Sequence[int]) -> None:
     x, weight = node.inputs[0], node.inputs[1]
     if x is None or weight is None or flow.rank(x) != 3 or operand(node, past) is not None:
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "past states")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "past states")
     count = integer(node, "num_heads", 1)
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
     flow.freeze_axis(x, 1, node, "SEQUENCE", "the sequence")
@@ -206,7 +203,7 @@ def couple_grouped_query(flow: Flow, node: ir.Node) -> None:
     """com.microsoft GroupQueryAttention with separate queries, keys and values."""
     inputs = [value for value in node.inputs[:3] if value is not None]
     if len(inputs) < 3 or any(flow.rank(value) != 3 for value in inputs):
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "packed queries, keys and values")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     heads = (integer(node, "num_heads", 1), integer(node, "kv_num_heads", 1))
     caches = (operand(node, 3), operand(node, 4))
     return _set_output(flow, node, *_couple(flow, node, inputs, heads, caches))
@@ -222,15 +219,15 @@ def couple_rotary(flow: Flow, node: ir.Node) -> None:
     """Rotary position embedding turns pairs inside each head: heads pass whole."""
     value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size not in (3, 4):
-        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     if size == 4:
         flow.freeze_axis(value, 3, node, "HEAD_SIZE", "positions are turned in pairs")
         return flow.set(node.outputs[0], flow.blocks(value))
     count = integer(node, "num_heads", 0)
     if not count:
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "the number of heads is not given")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "the number of heads is not given")
     rows = _line(flow, value, 2).reshape(count, -1)
-    flow.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    flow.join_rows(node, rows)
     flow.heads.append(rows[:, 0])
     return flow.set(node.outputs[0], single(2, rows.reshape(-1)))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Choice, Flow, Letter
@@ -25,13 +24,6 @@ from secateur.graphops.rules.linear import (
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
-
-def freeze_all(flow: Flow, node: ir.Node, code: str, detail: str) -> None:
-    """Keeps all of every input."""
-    for value in node.inputs:
-        flow.freeze_value(value, node, code, detail)
-
-
 # -- Gemm, MatMul, Einsum ----------------------------------------------------------------------
 
 
@@ -39,7 +31,7 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
     """`…mk, …kn → …mn` with broadcasting; vectors lack m or n."""
     a, b = flow.rank(node.inputs[0]), flow.rank(node.inputs[1])
     if a is None or b is None or 0 in (a, b):
-        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     batch = max(a, b) - 2
     left = [*range(batch - (a - 2), batch), "m", "k"] if a > 1 else ["k"]
     right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
@@ -112,7 +104,7 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
     if operand(node, 2) is not None:
         bias = flow.rank(node.inputs[2])
         if bias is None:
-            return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of C is not known")
+            return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape of C is not known")
         operands.append((2, ["m", "n"][2 - bias :]))
     flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
     return None
@@ -129,7 +121,7 @@ def couple_einsum(flow: Flow, node: ir.Node) -> None:
         or None in ranks
         or any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in terms)
     ):
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", f"equation {equation!r}")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", f"equation {equation!r}")
     dots = max(
         r - len(t.replace("...", "")) for r, t in zip(ranks, terms, strict=True) if r is not None
     )
@@ -239,46 +231,40 @@ def couple_convolution(
     x, w = node.inputs[0], node.inputs[weight]
     shape = flow.shape(w)
     if x is None or w is None or shape is None or None in shape[:2]:
-        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
     groups = integer(node, "group", 1)
     if groups < 1:
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", f"{groups} groups")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", f"{groups} groups")
     for axis in range(2, len(shape)):
         flow.freeze_axis(w, axis, node, "KERNEL", "a position of the kernel")
     for axis in range(2, flow.rank(x) or 2):
         flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
-    own = line(flow, w, out_axis, shape[out_axis] or 0)
-    shared = line(flow, w, 1 - out_axis, shape[1 - out_axis] or 0)
+    own = flow.line(w, out_axis, shape[out_axis] or 0)
+    shared = flow.line(w, 1 - out_axis, shape[1 - out_axis] or 0)
     if groups == 1:
-        flow.join(node, line(flow, x, 1, shared.size), shared)
+        flow.join(node, flow.line(x, 1, shared.size), shared)
         flow.contract(node, 0, 1)
         result = own
     elif out_axis == 0:
         # W (g·o, c): its axis 0 is the result's, its axis 1 the inputs of each group.
         result = own
-        inputs = line(flow, x, 1, shared.size * groups)
+        inputs = flow.line(x, 1, shared.size * groups)
         if inputs.size != shared.size * groups:
             raise ValueError(f"{inputs.size} channels enter, {groups} x {shared.size} are read")
         _couple_groups(flow, node, inputs, result, groups, (0, shared))
     else:
         # W (g·c, o): its axis 0 runs with X, its axis 1 is the outputs of each group.
-        flow.join(node, line(flow, x, 1, shared.size), shared)
+        flow.join(node, flow.line(x, 1, shared.size), shared)
         result = flow.loose(own.size * groups)
         _couple_groups(flow, node, shared, result, groups, (1, own))
     for index in (*([] if bias is None else [bias]), *vectors):
         vector = operand(node, index)
         if vector is not None and flow.shape(vector) == (result.size,) != (1,):
-            flow.join(node, line(flow, vector, 0, result.size), result)
+            flow.join(node, flow.line(vector, 0, result.size), result)
     if result.any():
         flow.set(node.outputs[0], (Block((1,), result),))
     return None
-
-
-def line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
-    """The labels along an axis, FIXED where it is bare."""
-    labels = flow.axis(value, axis)
-    return np.zeros(size, np.int32) if labels is None else labels
 
 
 def _couple_groups(
@@ -369,7 +355,7 @@ register(
 def couple_deformable(flow: Flow, node: ir.Node) -> None:
     """As Conv where nothing is grouped; offsets and mask say where to look, not at what."""
     if integer(node, "group", 1) != 1 or integer(node, "offset_group", 1) != 1:
-        return freeze_all(flow, node, "UNSUPPORTED_FORM", "a grouped deformable convolution")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "a grouped deformable convolution")
     for index in (2, 4):
         flow.freeze_value(operand(node, index), node, "SPATIAL", "moves the kernel's positions")
     return couple_convolution(flow, node, bias=3)

@@ -98,8 +98,7 @@ def couple_broadcast(flow: Flow, node: ir.Node) -> None:
     shape = flow.shape(node.outputs[0])
     ranks = {index: flow.rank(value) for index, value in enumerate(node.inputs) if value}
     if shape is None or None in ranks.values():
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     if _nothing_moves(flow, node):
         return
@@ -146,8 +145,7 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
         one = (flow.shape(node.inputs[index]) or ())[axis : (axis or 0) + 1 or None]
         if chosen is not None and axis is not None and one in ((), (1,)):
             flow.hold(node)
-            for value in node.inputs:
-                flow.freeze_value(value, node, "BARE_AXIS", "is compared with numbers")
+            flow.freeze_inputs(node, "BARE_AXIS", "is compared with numbers")
             flow.follow(node, index)
             flow.experts.append(chosen)
             flow.set(node.outputs[0], single(axis + (flow.rank(node.outputs[0]) or 0), chosen))
@@ -158,8 +156,7 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
 def _compare_with_one(flow: Flow, node: ir.Node, index: int, chosen: Labels, number: int) -> None:
     """The result says where one position was chosen: false everywhere once that is gone."""
     flow.hold(node)
-    for value in node.inputs:
-        flow.freeze_value(value, node, "BARE_AXIS", "is compared with a number")
+    flow.freeze_inputs(node, "BARE_AXIS", "is compared with a number")
     if 0 <= number < chosen.size:
         flow.follow(node, index)
         flow.experts.append(chosen)
@@ -222,8 +219,7 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
     size = flow.rank(node.inputs[0])
     scale = flow.rank(node.inputs[1])
     if size is None or scale is None or scale > 1 or integer(node, "block_size", 0):
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNSUPPORTED_FORM", "blocked quantisation")
+        flow.freeze_inputs(node, "UNSUPPORTED_FORM", "blocked quantisation")
         return
     axis = integer(node, "axis", 1) % max(size, 1)
     operands: list[tuple[int, list[int]]] = [(0, list(range(size)))]

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand, text
-from secateur.graphops.rules.contraction import all_axes, freeze_all
+from secateur.graphops.rules.contraction import all_axes
 from secateur.graphops.rules.registry import register
 
 CONTRIB = "com.microsoft"
@@ -30,12 +30,12 @@ def couple_moe(flow: Flow, node: ir.Node) -> None:
     """Experts run through the router and all weights; H, as x does, into the result; and I."""
     gated = text(node, "activation_type", "relu") in _GATED
     if operand(node, 6) is not None or (gated and integer(node, "swiglu_fusion", 0) != 1):
-        return freeze_all(
-            flow, node, "UNSUPPORTED_FORM", "ONNX Runtime runs it with one interleaved gate only"
+        return flow.freeze_inputs(
+            node, "UNSUPPORTED_FORM", "ONNX Runtime runs it with one interleaved gate only"
         )
     size = flow.rank(node.inputs[0])
     if size is None:
-        return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     batch: list[Letter] = list(range(size - 1))
     rows = "gated" if gated else "i"
     operands: list[tuple[int, list[Letter]]] = [
@@ -72,7 +72,7 @@ def couple_quantised_moe(flow: Flow, node: ir.Node) -> None:
             continue
         size = flow.rank(value)
         if size is None:
-            return freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+            return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         letters: list[Letter | None] = [None] * size
         if index:
             letters[1 if index in (_ROUTER, _WEIGHER) else 0] = "e"

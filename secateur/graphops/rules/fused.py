@@ -18,7 +18,7 @@ def couple_skip_norm(flow: Flow, node: ir.Node) -> None:
     """LayerNorm(input + skip + bias): all run together, normalised across the last axis."""
     size = flow.rank(node.inputs[0])
     if size is None:
-        return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
     operands = [
         (index, letters[size - (flow.rank(value) or 0) :])
@@ -40,7 +40,7 @@ def couple_fused_matmul(flow: Flow, node: ir.Node) -> None:
     a, b = flow.rank(node.inputs[0]), flow.rank(node.inputs[1])
     moved = integer(node, "transBatchA", 0) or integer(node, "transBatchB", 0)
     if a is None or b is None or min(a, b) < 2 or moved:
-        return contraction.freeze_all(flow, node, "UNSUPPORTED_FORM", "vectors or moved batches")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "vectors or moved batches")
     batch = max(a, b) - 2
     left = ["k", "m"] if integer(node, "transA", 0) else ["m", "k"]
     right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
@@ -84,7 +84,7 @@ def couple_embed_norm(flow: Flow, node: ir.Node) -> None:
             flow.freeze_axis(value, 0, node, "INDEXED", "is indexed by data")
         labels = flow.axis(value, 1 if index <= 4 else 0)
         if labels is None:
-            return contraction.freeze_all(flow, node, "BARE_AXIS", "a table cannot be cut")
+            return flow.freeze_inputs(node, "BARE_AXIS", "a table cannot be cut")
         lines.append(labels)
     flow.contract(node, 2, 1, exact=False)
     for other in lines[1:]:

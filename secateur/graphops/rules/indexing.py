@@ -9,7 +9,15 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE, Block, Blocks, Labels, simplify, single
+from secateur.graphops.coupling.labels import (
+    BARE,
+    Block,
+    Blocks,
+    Labels,
+    rows_along,
+    simplify,
+    single,
+)
 from secateur.graphops.model import arithmetic
 from secateur.graphops.model.attributes import (
     KnowsValues,
@@ -26,9 +34,10 @@ from secateur.graphops.surgery.surgeon import Surgeon
 # -- Slice -------------------------------------------------------------------------------------
 
 
-def _slices(flow_values: list[object], node: ir.Node, size: int) -> tuple[slice, ...] | None:
+def _ranges(node: ir.Node, inputs: arithmetic.Inputs, size: int) -> tuple[slice, ...] | None:
+    """The range of each axis; None where it is not known beforehand."""
     try:
-        return arithmetic.slices(node, flow_values, size)  # type: ignore[arg-type]
+        return arithmetic.slices(node, inputs, size)
     except (ValueError, IndexError, TypeError):
         return None
 
@@ -41,7 +50,8 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         return None
     if shape is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
-    index = _slices([None, *(flow.value(item) for item in node.inputs[1:])], node, len(shape))
+    inputs = [None, *(flow.value(item) for item in node.inputs[1:])]
+    index = _ranges(node, inputs, len(shape))
     if index is None:
         axes = integers_at(flow, node, 3, "axes")
         for axis in range(len(shape)) if axes is None else [a % len(shape) for a in axes]:
@@ -79,11 +89,9 @@ def _join_turns(flow: Flow, node: ir.Node, axis: int, step: int) -> None:
     """`step` positions in a row (a value and its gate) go together: the stride stays right."""
     for block in flow.blocks(node.inputs[0]):
         if axis in block.axes:
-            place = block.axes.index(axis)
-            turns = np.moveaxis(block.labels, place, 0).reshape(
-                block.labels.shape[place] // step, step, -1
-            )
-            flow.join(node, np.repeat(turns[:, :1], step - 1, axis=1), turns[:, 1:])
+            along = rows_along(block.labels, block.axes.index(axis))
+            turns = along.reshape(len(along) // step, step, -1)
+            flow.join_rows(node, turns.transpose(0, 2, 1).reshape(-1, step))
 
 
 def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:

@@ -6,11 +6,10 @@ and its kin normalise across channels: the law's named exceptions.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Choice, Flow
-from secateur.graphops.coupling.labels import Block, thin
+from secateur.graphops.coupling.labels import Block, rows_along, thin
 from secateur.graphops.model.attributes import integer, integers, operand
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -20,8 +19,7 @@ def couple_per_channel(flow: Flow, node: ir.Node) -> None:
     """Scale, bias, mean and variance run with axis 1."""
     size = flow.rank(node.inputs[0])
     if size is None:
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return None
     inexact = node.op_type == "InstanceNormalization" or bool(integer(node, "training_mode", 0))
     joint = next((b for b in flow.blocks(node.inputs[0]) if len(b.axes) > 1 and 1 in b.axes), None)
@@ -43,7 +41,7 @@ def _couple_joint(flow: Flow, node: ir.Node, joint: Block, inexact: bool) -> Non
     channels. Whole groups may go, or the same channels of each.
     """
     place = joint.axes.index(1)
-    matrix = thin(np.moveaxis(joint.labels, place, 0).reshape(joint.labels.shape[place], -1))
+    matrix = thin(rows_along(joint.labels, place))
     if matrix.shape[0] != joint.labels.shape[place]:
         raise ValueError("groups that share channels")
     vectors = [flow.axis(value, 0) for value in node.inputs[1:] if value is not None]
@@ -58,8 +56,7 @@ def couple_across(flow: Flow, node: ir.Node) -> None:
     """Scale and bias are aligned at the right; axes from `axis` on are normalised together."""
     value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size is None:
-        for item in node.inputs:
-            flow.freeze_value(item, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     letters = list(range(size))
     operands: list[tuple[int, list[int]]] = [(0, letters)]
@@ -78,8 +75,7 @@ def couple_group(flow: Flow, node: ir.Node) -> None:
     value, groups = node.inputs[0], integer(node, "num_groups", 1)
     along = flow.axis(value, 1) if value is not None else None
     if along is None:
-        for item in node.inputs:
-            flow.freeze_value(item, node, "BARE_AXIS", "the channels cannot be cut")
+        flow.freeze_inputs(node, "BARE_AXIS", "the channels cannot be cut")
         return
     rows = []
     for parameter in node.inputs[1:3]:

@@ -114,8 +114,7 @@ def couple_elements(flow: Flow, node: ir.Node) -> None:
     shapes = [flow.shape(value) for value in node.inputs]
     sizes = shapes[0]
     if not sizes or any(shape is None or len(shape) != len(sizes) for shape in shapes):
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     axis = integer(node, "axis", 0) % len(sizes)
     letters: list[Hashable | None] = [
@@ -136,8 +135,7 @@ def couple_tensor_scatter(flow: Flow, node: ir.Node) -> None:
     """Cache and update run together but for the batch, which has indices, and the sequence."""
     size = flow.rank(node.inputs[0])
     if not size:
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     whole = (0, integer(node, "axis", -2) % size)
     letters = [None if axis in whole else axis for axis in range(size)]
@@ -164,8 +162,7 @@ def couple_columns(flow: Flow, node: ir.Node) -> None:
     if along is None:
         return
     rows = along.reshape(-1, int(np.prod(block)))
-    if rows.shape[1] > 1:
-        flow.join(node, np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1), rows[:, 1:])
+    flow.join_rows(node, rows)
     flow.set(node.outputs[0], (Block((1,), rows[:, 0].copy()),))
 
 

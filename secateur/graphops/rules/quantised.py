@@ -56,7 +56,7 @@ def couple_dynamic_matmul(flow: Flow, node: ir.Node) -> None:
 def _couple_product(flow: Flow, node: ir.Node, a: int, b: int, vectors: Sequence[int]) -> None:
     left, right = flow.rank(node.inputs[a]), flow.rank(node.inputs[b])
     if left is None or right is None or min(left, right) < 2:
-        return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     batch = max(left, right) - 2
     numbers = list(range(batch))
     operands: Operands = [
@@ -117,7 +117,7 @@ def _couple_aligned(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     size = flow.rank(node.outputs[0])
     ranks = [flow.rank(node.inputs[index]) for index in indices]
     if size is None or None in ranks:
-        return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
     operands: Operands = [
         (index, letters[size - (r or 0) :]) for index, r in zip(indices, ranks, strict=True)
@@ -148,20 +148,20 @@ def couple_n_bits(flow: Flow, node: ir.Node) -> None:
     x, b, scales = node.inputs[:3]
     size, shape = flow.rank(x), flow.shape(b)
     if x is None or b is None or scales is None or not size or shape is None or len(shape) != 3:
-        return contraction.freeze_all(flow, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     if integer(node, "weight_prepacked", 0) or operand(node, 4) is not None:
-        return contraction.freeze_all(flow, node, "UNSUPPORTED_FORM", "a weight in another order")
+        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "a weight in another order")
     columns, blocks = shape[0] or 0, shape[1] or 0
-    own = contraction.line(flow, b, 0, columns)
+    own = flow.line(b, 0, columns)
     for index in (2, 3, 5):
         vector = operand(node, index)
         if vector is not None:
             wide = (flow.shape(vector) or (0,))[0] or 0
-            line = contraction.line(flow, vector, 0, wide).reshape(columns, -1)
+            line = flow.line(vector, 0, wide).reshape(columns, -1)
             flow.join(node, line, np.broadcast_to(own[:, None], line.shape))
     flow.freeze_axis(b, 2, node, "BLOCK", "the numbers of one block")
     last = size - 1
-    along = contraction.line(flow, x, last, integer(node, "K", 0))
+    along = flow.line(x, last, integer(node, "K", 0))
     bytes_of_zeros = blocks * integer(node, "bits", 4) // 8
     parts = [(b, blocks), (scales, blocks), (operand(node, 3), bytes_of_zeros)]
     present = [(part, count) for part, count in parts if part is not None]
@@ -169,7 +169,7 @@ def couple_n_bits(flow: Flow, node: ir.Node) -> None:
     if filled and all((flow.shape(part) or ())[1:2] == (count,) for part, count in present):
         for part, count in present:
             rows = along.reshape(count, -1)
-            line = contraction.line(flow, part, 1, count)
+            line = flow.line(part, 1, count)
             flow.join(node, rows, np.broadcast_to(line[:, None], rows.shape))
         flow.contract(node, 0, last)
     else:

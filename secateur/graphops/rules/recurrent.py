@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.labels import BARE, Labels, single
+from secateur.graphops.coupling.labels import BARE, single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import operand
 from secateur.graphops.rules.registry import register
@@ -31,23 +31,22 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
     x, w, r = node.inputs[_X], node.inputs[_W], node.inputs[_R]
     shape = flow.shape(r)
     if x is None or w is None or r is None or shape is None or flow.rank(x) != 3:
-        for value in node.inputs:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
         return
     hidden = shape[2] or 1
     for axis in (0, 1):
         flow.freeze_axis(x, axis, node, "SEQUENCE", "the sequence or the batch")
     width = (flow.shape(x) or (1, 1, 1))[2] or 1
-    flow.join(node, _line(flow, x, 2, width), _line(flow, w, 2, width))
+    flow.join(node, flow.line(x, 2, width), flow.line(w, 2, width))
     flow.contract(node, _X, 2)
-    units = _line(flow, r, 2, hidden)
+    units = flow.line(r, 2, hidden)
     flow.contract(node, _R, 2)
     for index, axis in ((_W, 1), (_R, 1), (_B, 1), (_P, 1), *((state, 2) for state in _STATES)):
         value = operand(node, index)
         size = (flow.shape(value) or ())[axis] if value is not None else None
         if value is not None and size:
             # gates × hidden units, gate by gate
-            gates = _line(flow, value, axis, size).reshape(-1, hidden)
+            gates = flow.line(value, axis, size).reshape(-1, hidden)
             flow.join(node, np.broadcast_to(units, gates.shape), gates)
     for index in (_W, _R, _B, _P, *_STATES):
         value = operand(node, index)
@@ -58,11 +57,6 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
         size = flow.rank(output)
         if output.name and size:
             flow.set(output, single(size - 1, units) if units.any() else BARE)
-
-
-def _line(flow: Flow, value: ir.Value, axis: int, size: int) -> Labels:
-    labels = flow.axis(value, axis)
-    return np.zeros(size, np.int32) if labels is None else labels
 
 
 def rewrite_recurrent(surgeon: Surgeon, node: ir.Node) -> None:

@@ -58,8 +58,7 @@ def _centres(flow: Flow, node: ir.Node, axis: int) -> Labels | None:
     plain = not any(integers(node, "pads") or ()) and (integers(node, "dilations") or ones) == ones
     if count is not None and plain and stride == width and stride * count == along.size:
         rows = along.reshape(count, width)
-        if width > 1:
-            flow.join(node, np.repeat(rows[:, :1], width - 1, axis=1), rows[:, 1:])
+        flow.join_rows(node, rows)
         return rows[:, 0].copy()
     if stride != 1 or count is None:
         return None
@@ -114,8 +113,7 @@ def couple_depth_to_space(flow: Flow, node: ir.Node) -> None:
     # DCR reads the channel axis as (b, b, C), CRD as (C, b, b).
     columns = text(node, "mode", "DCR") == "DCR"
     rows = along.reshape(square, -1).T if columns else along.reshape(-1, square)
-    if square > 1:
-        flow.join(node, np.repeat(rows[:, :1], square - 1, axis=1), rows[:, 1:])
+    flow.join_rows(node, rows)
     flow.set(node.outputs[0], single(1, rows[:, 0].copy()))
 
 
