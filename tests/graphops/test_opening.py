@@ -56,6 +56,15 @@ def test_path_bytes_proto_and_ir_model_give_the_same_result(tmp_path: pathlib.Pa
     assert from_ir.model == results[0].model
 
 
+def test_the_standard_operators_have_two_names() -> None:
+    spelt = model()
+    spelt.opset_import[0].domain = "ai.onnx"
+    for node in spelt.graph.node:
+        node.domain = "ai.onnx"
+    assert prune(spelt).plan.kept == prune(model()).plan.kept
+    assert "" in open_model(spelt).model.opset_imports
+
+
 def test_a_known_digest_is_taken() -> None:
     assert secateur.prune(model(), sha256="ab" * 32).plan.source == "ab" * 32
 

@@ -22,10 +22,8 @@ from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
 from secateur.result import WeightsFile
 
-# onnx_ir is told apart from the other model types by these; gs.Graph by its module, so that
-# onnx-graphsurgeon is never imported for the check.
+# Any: a gs.Graph, which is told by its module, so that onnx-graphsurgeon is never imported for it.
 ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model | Any
-
 
 _MAX_DENSE = 1 << 30  # bytes of a sparse initializer made dense
 
@@ -290,6 +288,8 @@ def _deserialise(proto: onnx.ModelProto) -> ir.Model:
     """The graph as onnx_ir holds it: inlined, in order, every name defined and unique."""
     try:
         model = ir.from_proto(proto)
+        if "ai.onnx" in model.opset_imports:  # onnx_ir spells it so of nodes only
+            model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
         if model.functions:
             onnx_ir.passes.common.InlinePass()(model)
             onnx_ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
