@@ -162,8 +162,10 @@ class Frozen(_Value):
     """A reason for which channels stay.
 
     Attributes:
-        code: stable: `NO_RULE`, `GRAPH_OUTPUT`, `GRAPH_INPUT`, `BARE_AXIS`, `UNKNOWN_SHAPE`,
-            `SUBGRAPH`, `IGNORED`, `UNSUPPORTED_FORM`, `WOULD_BE_EMPTY`.
+        code: stable: `NO_RULE`, `UNSUPPORTED_FORM`, `UNKNOWN_SHAPE`, `SUBGRAPH`, `GRAPH_OUTPUT`,
+            `IGNORED`; `BARE_AXIS` where it meets what cannot be cut; or what must stay whole:
+            `BATCH`, `SEQUENCE`, `SPATIAL`, `ORDERED`, `DIRECTION`, `BLOCK`, `HEAD_SIZE`,
+            `SHARED_HEAD`, or `INDEXED` where positions are named by numbers.
         node: the node where it arises (its name, or its first output's when unnamed).
         op_type: its operator, with domain and opset: `ai.onnx::TopK-11`; empty for graph outputs.
         detail: one sentence.

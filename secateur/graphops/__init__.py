@@ -2,9 +2,10 @@
 
 The order in which data flows is the order in which to read:
 
-    model → coupling → criteria → planning → surgery → verify → profile
+    model → coupling → criteria → planning → surgery → repair → verify → profile
 
-`pipeline` runs them; everything about an operator is in `rules`.
+`pipeline` runs them; everything about an operator is in `rules`. Beside the way lie `calibration`
+(what samples show of a model), `regions` (parts that can go whole), `sparsity` and `quantise`.
 """
 
 import os

@@ -1,7 +1,7 @@
 """One map from exceptions to gRPC statuses, for every method.
 
 Refused          the status that `_wire.STATUS_OF_CODE` names, with the refusal as a detail
-CallError          its own status: something about the call, not about the model
+CallError        its own status: something about the call, not about the model
 anything else    INTERNAL with a request id; the traceback goes to the log and nowhere else
 """
 

@@ -83,7 +83,7 @@ class Runner:
         request_id = _request_id(request.request_id)
         key = await asyncio.to_thread(key_of, request)
         if request_id is not None:
-            known = await self._asked(self._repository.started_as, client, request_id, key)
+            known = await asyncio.to_thread(self._repository.started_as, client, request_id, key)
             if known is not None:
                 return await self._message(known)
         result = await self._jobs.known(client, key)
@@ -92,7 +92,7 @@ class Runner:
         message = await self._jobs.lasting(client, request) if result is None else result
         content, needs = message.SerializeToString(), blobs_of(message)
         outcome = (content, b"") if result is None else (b"", content)
-        operation = await self._asked(
+        operation = await asyncio.to_thread(
             self._repository.add, client, key, *outcome, needs, request_id
         )
         if not operation.state.done:
@@ -102,35 +102,35 @@ class Runner:
 
     async def get(self, client: str, name: str) -> operations_pb2.Operation:
         """How an operation stands. Raises CallError, as all methods here."""
-        return await self._message(await self._asked(self._repository.get, client, _id(name)))
+        return await self._message(await asyncio.to_thread(self._repository.get, client, _id(name)))
 
     async def page(
         self, client: str, states: Iterable[State], before: int | None, size: int
     ) -> tuple[list[operations_pb2.Operation], int | None]:
         """Operations, newest first, without responses; and where the next page starts."""
-        found = await self._asked(self._repository.page, client, states, before, size + 1)
+        found = await asyncio.to_thread(self._repository.page, client, states, before, size + 1)
         page = [await self._message(operation, response=False) for operation in found[:size]]
         return page, found[size - 1].number if len(found) > size else None
 
     async def wait(self, client: str, name: str, timeout: float) -> operations_pb2.Operation:
         """How an operation stands when it has ended, or after `timeout` seconds."""
         end = time.monotonic() + timeout
-        operation = await self._asked(self._repository.get, client, _id(name))
+        operation = await asyncio.to_thread(self._repository.get, client, _id(name))
         while not operation.state.done and time.monotonic() < end:
             ended = self._ended.setdefault(operation.id, asyncio.Event())
-            operation = await self._asked(self._repository.get, client, operation.id)
+            operation = await asyncio.to_thread(self._repository.get, client, operation.id)
             if operation.state.done:  # between the two looks
                 self._forget(operation.id)
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), end - time.monotonic())
-            operation = await self._asked(self._repository.get, client, operation.id)
+            operation = await asyncio.to_thread(self._repository.get, client, operation.id)
         return await self._message(operation)
 
     async def cancel(self, client: str, name: str) -> None:
         """Ends an operation and its worker; nothing happens to one that has ended."""
         async with self._claiming:
-            operation = await self._asked(self._repository.get, client, _id(name))
+            operation = await asyncio.to_thread(self._repository.get, client, _id(name))
             text = "the operation was cancelled"
             status = _wire.failure_to_status(
                 grpc.StatusCode.CANCELLED, text, "CANCELLED", operation.id
@@ -143,7 +143,7 @@ class Runner:
 
     async def delete(self, client: str, name: str) -> None:
         """Forgets an operation that has ended."""
-        await self._asked(self._repository.delete, client, _id(name))
+        await asyncio.to_thread(self._repository.delete, client, _id(name))
 
     # ---- work ----
 
@@ -301,9 +301,6 @@ class Runner:
                     raise
                 log.exception("the state of operations cannot be written")
                 await asyncio.sleep(_AGAIN_S)
-
-    async def _asked(self, function: Callable[..., _T], *args: Any) -> _T:
-        return await asyncio.to_thread(function, *args)
 
     # ---- messages ----
 

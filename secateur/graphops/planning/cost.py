@@ -18,8 +18,8 @@ from secateur.graphops.coupling.units import Axis, Coupling
 
 Mask = npt.NDArray[np.bool_]
 
-# Integers that say where and how many, not how much.
 _BRANCH = -1  # stands for an axis
+# Integers that say where and how many, not how much.
 _NO_PARAMETERS = (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING)
 
 

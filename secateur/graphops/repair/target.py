@@ -36,7 +36,7 @@ Places = npt.NDArray[np.int64]
 
 
 class Repairable(Protocol):
-    """What both have. Only the node, what is read, the sum and the numbers differ.
+    """What `Target`, `Correction` and `gates.Gates` have in common.
 
     Attributes:
         node: whose output is to become something else.

@@ -33,7 +33,7 @@ def couple_squeeze(flow: Flow, node: ir.Node) -> None:
         return _lose(flow, node)
     if axes is None:
         axes = [axis for axis, size in enumerate(shape) if size == 1]
-    return _set(flow, node, lab.remove_axes(flow.blocks(node.inputs[0]), axes, len(shape)))
+    return flow.set(node.outputs[0], lab.remove_axes(flow.blocks(node.inputs[0]), axes, len(shape)))
 
 
 def couple_unsqueeze(flow: Flow, node: ir.Node) -> None:
@@ -41,11 +41,7 @@ def couple_unsqueeze(flow: Flow, node: ir.Node) -> None:
     axes, size = integers_at(flow, node, 1, "axes"), flow.rank(node.outputs[0])
     if axes is None or size is None:
         return _lose(flow, node)
-    return _set(flow, node, lab.insert_axes(flow.blocks(node.inputs[0]), axes, size))
-
-
-def _set(flow: Flow, node: ir.Node, blocks: Blocks) -> None:
-    flow.set(node.outputs[0], blocks)
+    return flow.set(node.outputs[0], lab.insert_axes(flow.blocks(node.inputs[0]), axes, size))
 
 
 def _lose(flow: Flow, node: ir.Node) -> None:
@@ -84,7 +80,7 @@ def couple_reshape(flow: Flow, node: ir.Node) -> None:
             continue
         taken |= set(touched)
         result += _reshape_block(flow, value, block, [factors[i] for i in touched], sizes)
-    return _set(flow, node, result)
+    return flow.set(node.outputs[0], result)
 
 
 def _complete(shape: Sequence[int | None]) -> list[int]:
@@ -139,7 +135,7 @@ def couple_expand(flow: Flow, node: ir.Node) -> None:
             blocks = tuple(block for block in blocks if axis not in block.axes)
             if flow.shapes.is_fixed(str(output.name), axis):
                 blocks += lab.single(axis, flow.loose(size))
-    return _set(flow, node, blocks)
+    return flow.set(node.outputs[0], blocks)
 
 
 def rewrite_expand(surgeon: Surgeon, node: ir.Node) -> None:
@@ -156,7 +152,7 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
     for block in flow.blocks(value):
         labels = np.tile(block.labels, [int(repeats[axis]) for axis in block.axes])
         blocks.append(Block(block.axes, labels))
-    return _set(flow, node, tuple(blocks))
+    return flow.set(node.outputs[0], tuple(blocks))
 
 
 _move = functools.partial(register, family="movement", void=of_first, reads=(0,), moves=True)

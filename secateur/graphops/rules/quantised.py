@@ -98,11 +98,6 @@ def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     return contraction.macs_convolution(flow, node, weight=3)
 
 
-def macs_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
-    """Size of the result × length of the sum."""
-    return contraction.macs_matmul(flow, node)
-
-
 def couple_binary(flow: Flow, node: ir.Node) -> None:
     """QLinearAdd and QLinearMul: operands 0 and 3, aligned at the right."""
     _couple_aligned(flow, node, (0, 3))
@@ -199,8 +194,16 @@ def couple_dynamic_quantise(flow: Flow, node: ir.Node) -> None:
     flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
 
 
-register("QLinearMatMul", "quantised", couple_matmul, macs=macs_matmul, reads=(0, 3, 4, 5))
-register("MatMulInteger", "quantised", couple_matmul_integer, macs=macs_matmul, reads=(0, 1, 3))
+register(
+    "QLinearMatMul", "quantised", couple_matmul, macs=contraction.macs_matmul, reads=(0, 3, 4, 5)
+)
+register(
+    "MatMulInteger",
+    "quantised",
+    couple_matmul_integer,
+    macs=contraction.macs_matmul,
+    reads=(0, 1, 3),
+)
 register(
     "QLinearConv",
     "quantised",
@@ -222,7 +225,7 @@ register(
     "MatMulIntegerToFloat",
     "quantised",
     couple_matmul_to_float,
-    macs=macs_matmul,
+    macs=contraction.macs_matmul,
     reads=(0, 1, 3, 5, 6),
     domain=CONTRIB,
 )
@@ -230,7 +233,7 @@ register(
     "DynamicQuantizeMatMul",
     "quantised",
     couple_dynamic_matmul,
-    macs=macs_matmul,
+    macs=contraction.macs_matmul,
     reads=(0, 1, 2, 3, 4),
     domain=CONTRIB,
 )
@@ -259,6 +262,6 @@ register(
     "quantised",
     couple_n_bits,
     rewrite=rewrite_n_bits,
-    macs=macs_matmul,
+    macs=contraction.macs_matmul,
     domain=CONTRIB,
 )

@@ -105,7 +105,6 @@ def couple_cumsum(flow: Flow, node: ir.Node) -> None:
 
 register(EXACT, "reduction", couple_exact, void=summed, reads=(0,))
 register(INEXACT, "reduction", couple_inexact, reads=(0,))
-register("Softmax LogSoftmax", "reduction", couple_softmax, reads=(0,))
-register("Hardmax", "reduction", couple_softmax, reads=(0,))
+register("Softmax LogSoftmax Hardmax", "reduction", couple_softmax, reads=(0,))
 register("ArgMax ArgMin TopK", "reduction", couple_index, reads=(0,))
 register("CumSum", "reduction", couple_cumsum, reads=(0,))
