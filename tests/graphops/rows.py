@@ -665,6 +665,60 @@ def _(net: Net) -> str:
     return net.dense(net.op("Reshape", y, net.ints(2, T, 12)), 12, 3)
 
 
+def gated(net: Net, equation: str) -> str:
+    """(2, 5, 12) times the sigmoid of its product with four 3 × 3 matrices, one for each part."""
+    x = sequence(net, 12)
+    operands = [net.op("Reshape", x, net.ints(2, T, 4, 3)), net.floats(4, 3, 3)]
+    if equation.startswith("hij"):
+        operands.reverse()
+    gates = net.op("Einsum", *operands, equation=equation, name=SUBJECT)
+    gates = net.op("Sigmoid", net.op("Reshape", gates, net.ints(2, T, 12)))
+    return sequence_end(net, net.op("Mul", x, gates), 12)
+
+
+@row("Einsum", "block-diagonal")
+def _(net: Net) -> str:
+    return gated(net, "blhi,hij->blhj")
+
+
+@row("Einsum", "block-diagonal, the matrices first")
+def _(net: Net) -> str:
+    return gated(net, "hij,blhi->blhj")
+
+
+def merged(net: Net, name: str | None = None) -> str:
+    """(2, 5, 12): each product of 4 channels of one branch and 3 of another."""
+    x, y = sequence(net, 4), sequence(net, 3)
+    y = net.op("Einsum", x, y, equation="blh,blk->blhk")
+    return net.op("Reshape", y, net.ints(2, T, 12), name=name)
+
+
+@row("Reshape", "two axes merged")
+def _(net: Net) -> str:
+    return sequence_end(net, merged(net, SUBJECT), 12)
+
+
+@row("Einsum", "diagonal, of the gates of a recurrent step")
+def _(net: Net) -> str:
+    h = net.op("Tanh", net.dense(net.input("x", [2, 4]), 4, 12))
+    h = net.op("Reshape", h, net.ints(2, 4, 3))
+    weight = net.floats(2, 4, 3, 3)
+    gates = net.op("Einsum", h, weight, equation="bkd,gkde->bgke", name=SUBJECT)
+    left, right = (
+        net.op("Reshape", net.op("Gather", gates, net.ints(i), axis=1), net.ints(2, 12))
+        for i in range(2)
+    )
+    return net.dense(net.op("Mul", left, net.op("Sigmoid", right)), 12, 3)
+
+
+@row("Einsum", "blocks summed")
+def _(net: Net) -> str:
+    """As a graph convolution over several graphs: one matrix of positions for each part."""
+    x = net.op("Reshape", sequence(net, 12), net.ints(2, T, 4, 3))
+    y = net.op("Einsum", x, net.floats(4, T, 2), equation="blhi,hlm->bmi", name=SUBJECT)
+    return sequence_end(net, y, 3)
+
+
 @row("Einsum", "diagonal", freezes="UNSUPPORTED_FORM")
 def _(net: Net) -> str:
     x = net.op("MatMul", net.op("Transpose", sequence(net), perm=[0, 2, 1]), net.floats(T, C))

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from laws import lawful, prune
 from nets import Net, attention
-from rows import diagonal
+from rows import diagonal, gated, merged
 
 import secateur
 from secateur.errors import Code, Refused
@@ -201,6 +201,52 @@ def test_a_block_diagonal_product_is_cut_like_a_grouped_convolution(
         if tensor.name.startswith("blocks")
     )
     assert tuple(blocks.dims) == shape
+
+
+@pytest.mark.parametrize("equation", ["blhi,hij->blhj", "hij,blhi->blhj"])
+@pytest.mark.parametrize(("cut", "shape"), [("whole", (2, 3, 3)), ("balanced", (4, 1, 1))])
+def test_blocks_of_an_einsum_that_gates_what_enters_go(
+    cut: str, shape: tuple[int, int, int], equation: str
+) -> None:
+    """A recurrence's gates: the result of the blocks meets what entered them, position by
+    position."""
+    net = Net()
+    net.output(gated(net, equation))
+    result = lawful(net.bytes(), target={"channels": 0.5}, grouped=cut)
+    assert shape in {tuple(t.dims) for t in onnx.load_from_string(result.model).graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("cut", "widths"), [("whole", (2, 3)), ("balanced", (4, 1)), ("auto", (2, 3))]
+)
+def test_of_two_axes_that_a_reshape_merges_one_is_cut(cut: str, widths: tuple[int, int]) -> None:
+    net = Net()
+    net.output(net.dense(merged(net), 12, 3))
+    result = lawful(net.bytes(), target={"channels": 0.5}, grouped=cut)
+    (entry,) = (e for e in result.plan.kept if len(e.axes[min(e.axes)]) == widths[0] * widths[1])
+    rows = np.array(entry.axes[min(entry.axes)])
+    assert (np.unique(rows // 3).size, np.unique(rows % 3).size) == widths
+
+
+def test_heads_of_a_recurrent_step_go_from_every_gate() -> None:
+    """Block-diagonal recurrent weights (gates, heads, width, width) beside a dense layer's gates
+    (gates · heads · width); the first state is zeros."""
+    net = Net()
+    x, weight = net.input("x", [2, 3, 5]), net.floats(2, 4, 3, 3, name="blocks")
+    kernel, bias = net.floats(5, 24), net.floats(24)
+    state = net.op("ConstantOfShape", net.ints(2, 12))
+    for step in range(3):
+        now = net.op("Reshape", net.op("Gather", x, net.ints(step), axis=1), net.ints(2, 5))
+        parts = net.op("Reshape", state, net.ints(2, 4, 3))
+        gates = net.op("Einsum", parts, weight, equation="bkd,gkde->bgke")
+        gates = net.op("Reshape", gates, net.ints(2, 24))
+        gates = net.op("Add", net.op("Add", net.op("MatMul", now, kernel), bias), gates)
+        new, gate = net.ops("Split", gates, net.ints(12, 12), outputs=2, axis=-1)
+        state = net.op("Mul", net.op("Tanh", new), net.op("Sigmoid", gate))
+    net.output(net.dense(state, 12, 3))
+    result = lawful(net.bytes(), target={"channels": 0.5})
+    sizes = {t.name: tuple(t.dims) for t in onnx.load_from_string(result.model).graph.initializer}
+    assert sizes["blocks"] == (2, 2, 3, 3)
 
 
 def test_the_inner_width_of_block_diagonal_products_goes_where_the_outer_stays() -> None:

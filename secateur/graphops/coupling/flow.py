@@ -251,9 +251,9 @@ class Flow:
         self._loose.update(labels.tolist())
         return labels
 
-    def is_loose(self, block: Block) -> bool:
+    def is_loose(self, labels: Labels) -> bool:
         """Whether a block holds nothing but positions that a node can leave out."""
-        return int(block.labels.flat[0]) in self._loose
+        return int(labels.flat[0]) in self._loose
 
     def padding(self, labels: Labels) -> tuple[int, int]:
         """How many positions at the front and at the back a node made and can leave out."""
@@ -647,7 +647,9 @@ class _Views:
                 if letter is not None:
                     mentions[letter] += 1
         blocks: Blocks = BARE
-        for key, found in gathered.items():
+        for key, met in gathered.items():
+            # What meets zeros that a node can leave out is no longer what that node made.
+            found = sorted(met, key=lambda one: self.flow.is_loose(one[1]))
             names, labels = found[0]
             for other_names, other in found[1:]:
                 order = [other_names.index(name) for name in names]

@@ -36,7 +36,7 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
     left = [*range(batch - (a - 2), batch), "m", "k"] if a > 1 else ["k"]
     right = [*range(batch - (b - 2), batch), "k", "n"] if b > 1 else ["k"]
     result = [*range(max(batch, 0)), *(["m"] if a > 1 else []), *(["n"] if b > 1 else [])]
-    if _couple_diagonal(flow, node, left, right, result):
+    if _couple_diagonal(flow, node, (0, left), (1, right), result):
         return None
     flow.set(node.outputs[0], flow.meet(node, [(0, left), (1, right)], result, heads=True))
     for value, axes in zip(node.inputs, (a - 2, b - 2), strict=True):
@@ -48,8 +48,8 @@ def couple_matmul(flow: Flow, node: ir.Node) -> None:
 def _couple_diagonal(
     flow: Flow,
     node: ir.Node,
-    left: Sequence[Letter],
-    right: Sequence[Letter],
+    data: tuple[int, Sequence[Letter]],
+    stack: tuple[int, Sequence[Letter]],
     result: Sequence[Letter],
 ) -> bool:
     """A block-diagonal matrix, stored as its blocks: x (…, g, c), W (g, c, o) → (…, g, o).
@@ -58,7 +58,8 @@ def _couple_diagonal(
     one for each group. As of a grouped convolution, whole groups may go, or the same channels of
     each. False, and nothing stated, where a product is not like that.
     """
-    x, w = node.inputs[0], node.inputs[1]
+    (place, left), (other, right) = data, stack
+    x, w = node.inputs[place], node.inputs[other]
     if x is None or w is None or w.name not in flow.constants:
         return False
     joint = [block for block in flow.blocks(x) if len(block.axes) == 2]
@@ -67,12 +68,14 @@ def _couple_diagonal(
         return False
     block = joint[0]
     shared = [letter for letter in lines if letter in left]
-    (column,) = [letter for letter in shared if letter not in result] or [None]
-    (group,) = [letter for letter in shared if letter in result][:1] or [None]
+    column = next((letter for letter in shared if letter not in result), None)
+    group = next((letter for letter in shared if letter in result), None)
     outer = next((letter for letter in lines if letter not in left), None)
     names = [left[axis] for axis in block.axes]
-    if outer not in result or group is None or set(names) != {group, column}:
+    if outer not in result or None in (group, column) or set(names) != {group, column}:
         return False
+    assert group is not None
+    assert column is not None
     if any({left[axis] for axis in b.axes} & set(right) for b in flow.blocks(x) if b is not block):
         return False
     entering = block.labels if names[0] == group else block.labels.T
@@ -85,7 +88,7 @@ def _couple_diagonal(
             matrices=(entering, leaving),
             rows=(lines[group],),
             columns=((0, lines[column]), (1, lines[outer])),
-            contraction=(0, left.index(column), True),
+            contraction=(place, left.index(column), True),
         )
     )
     places = result.index(group), result.index(outer)
@@ -130,6 +133,10 @@ def couple_einsum(flow: Flow, node: ir.Node) -> None:
         for index, term in enumerate(terms)
     ]
     letters = _letters(result, dots if "..." in result else 0, dots)
+    if len(operands) == 2:
+        for data, stack in (operands, operands[::-1]):
+            if _couple_diagonal(flow, node, data, stack, letters):
+                return None
     flow.set(node.outputs[0], flow.meet(node, operands, letters, heads=True))
     return None
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling import labels as lab
-from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Flow
+from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Choice, Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
 from secateur.graphops.coupling.void import of_first
 from secateur.graphops.model.attributes import integer, integers, integers_at
@@ -72,15 +72,49 @@ def couple_reshape(flow: Flow, node: ir.Node) -> None:
     except ValueError:
         return _lose(flow, node)
     result: Blocks = BARE
-    taken: set[int] = set()
-    for block in sorted(blocks, key=lambda b: (flow.is_loose(b), -b.labels.size)):
-        touched = [i for i, (sources, _) in enumerate(factors) if set(sources) & set(block.axes)]
-        if taken & set(touched):
+    for merged, touched in _merged(flow, node, blocks, [sources for sources, _ in factors]):
+        result += _reshape_block(flow, value, merged, [factors[i] for i in touched], sizes)
+    return flow.set(node.outputs[0], result)
+
+
+def _merged(
+    flow: Flow, node: ir.Node, blocks: Blocks, factors: Sequence[Sequence[int]]
+) -> list[tuple[Block, list[int]]]:
+    """Blocks with the factors they touch, one block to a factor.
+
+    Where a factor merges blocks they become their product. Copies that a node can leave out stay:
+    what they are copies of is cut instead.
+    """
+    found: list[tuple[Block, list[int]]] = []
+    # From the right, so that of three merged axes the last two are one before the first joins.
+    for block in sorted(
+        blocks, key=lambda b: (flow.is_loose(b.labels), [-axis for axis in b.axes])
+    ):
+        touched = [i for i, sources in enumerate(factors) if set(sources) & set(block.axes)]
+        others = [one for one in found if set(one[1]) & set(touched)]
+        product: Block | None = block
+        for other, _ in others:
+            product = _product(flow, node, product, other) if product is not None else None
+        if product is None:
             flow.freeze(block.labels, node, "UNSUPPORTED_FORM", "merges two prunable axes")
             continue
-        taken |= set(touched)
-        result += _reshape_block(flow, value, block, [factors[i] for i in touched], sizes)
-    return flow.set(node.outputs[0], result)
+        found = [one for one in found if one not in others]
+        found.append((product, sorted({*touched, *(i for _, theirs in others for i in theirs)})))
+    return found
+
+
+def _product(flow: Flow, node: ir.Node, first: Block, second: Block) -> Block | None:
+    """Two blocks of one axis: whole rows go, or whole columns. None where nobody can choose."""
+    size = first.labels.size * second.labels.size
+    if size > MAX_BLOCK or flow.is_loose(first.labels) or flow.is_loose(second.labels):
+        return None
+    matrix = flow.fresh(size).reshape(first.labels.size, -1)
+    rows, columns = first.labels.reshape(-1), second.labels.reshape(-1)
+    flow.choose(Choice(node, matrices=(matrix,), rows=(rows,), columns=((0, columns),)))
+    axes = (*first.axes, *second.axes)
+    labels = matrix.reshape(*first.labels.shape, *second.labels.shape)
+    order = np.argsort(axes)
+    return Block(tuple(sorted(axes)), np.transpose(labels, order))
 
 
 def _complete(shape: Sequence[int | None]) -> list[int]:
