@@ -127,6 +127,29 @@ def test_weights_as_constant_nodes() -> None:
     assert kept(result, weight, 0) == 4
 
 
+def test_weights_divided_by_their_own_norm() -> None:
+    """As exporters write normalised weights: the norm spread to the shape of the weight."""
+    net = Net()
+    x, weight = net.input("x", ["N", 6]), net.floats(16, 6)
+    norm = net.op("ReduceL2", weight, axes=[1], keepdims=1)
+    weight = net.op("Div", weight, net.op("Expand", norm, net.op("Shape", weight)))
+    y = net.op("Relu", net.op("MatMul", x, net.op("Transpose", weight, perm=[1, 0])))
+    net.output(net.dense(y, 16, 3))
+    lawful(net.bytes(), target={"channels": 0.5})
+
+
+def test_a_choice_that_weights_make() -> None:
+    """As exporters write a lerp by a vector of weights."""
+    net = Net()
+    x = net.input("x", ["N", 6])
+    first, second, weight = net.dense(x, 6, 16), net.dense(x, 6, 16), net.floats(16)
+    low = net.op("Less", weight, net.const(np.float32(0.5)))
+    step = net.op("Mul", net.op("Sub", second, first), weight)
+    y = net.op("Where", low, net.op("Add", first, step), net.op("Sub", second, step))
+    net.output(net.dense(net.op("Relu", y), 16, 3))
+    lawful(net.bytes(), target={"channels": 0.5})
+
+
 def test_sparse_initializers() -> None:
     net = Net(opset=13)
     x = net.op("MatMul", net.input("x", [2, 4]), "sparse")

@@ -94,7 +94,8 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 
 def _visit(flow: Flow, node: ir.Node) -> None:
     if _is_shape_arithmetic(flow, node):
-        flow.hold(node)
+        if node.op_type not in ("Shape", "Size"):  # those measure what is left
+            flow.hold(node)
         for index in range(len(node.inputs)):
             flow.follow(node, index)  # what is known before anything is chosen
         return
@@ -124,7 +125,8 @@ def _visit(flow: Flow, node: ir.Node) -> None:
 
 
 def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
-    """Whether all results are integers (or scalars) known before the model runs.
+    """Whether all results are integers (or scalars) known before the model runs. A truth for each
+    position (a weight below a number) is no size: it goes with its position.
 
     A number that is repeated along two axes or more (indices of a scatter) can be repeated less
     often: the node's rule says so.
@@ -136,7 +138,7 @@ def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
             return False
     for value in node.outputs:
         known = flow.value(value)
-        if known is None or (known.dtype.kind == "f" and known.size > 1):
+        if known is None or (known.dtype.kind in "fb" and known.size > 1):
             return False
     return bool(node.outputs)
 
