@@ -85,6 +85,31 @@ def test_a_count_that_only_the_model_s_data_make_right_is_left_open() -> None:
     assert shapes.of(z) is not None
 
 
+def test_of_a_shape_known_in_part_what_is_known_is_used() -> None:
+    """As exporters halve the last axis of what a data-dependent choice left."""
+    net = Net()
+    x = net.input("x", ["N", 6])
+    mask = net.op("Greater", net.floats(40, 40), net.const(np.float32(0)))  # too large to follow
+    rows = net.op("Slice", net.op("NonZero", mask), net.ints(0), net.ints(1), net.ints(0))
+    net.op("Add", net.op("Cast", rows, to=onnx.TensorProto.FLOAT), net.floats(1, 57))
+    tokens = net.op("Gather", x, net.op("Squeeze", rows, net.ints(0)), axis=0)  # (n, 6)
+    sizes = net.op("Shape", tokens)
+    half = net.op("Div", net.op("Gather", sizes, net.ints(-1), axis=0), net.ints(2))
+    y = net.op("Slice", tokens, net.ints(0), half, net.ints(-1))
+    scale = net.op("Slice", y, net.ints(0), net.ints(1), net.ints(-1))
+    flat = net.op("Reshape", scale, net.ints(-1))
+    z = net.op("Reshape", flat, net.op("Concat", net.op("Shape", flat), net.ints(1), axis=0))
+    wide = net.op("Expand", z, net.op("Shape", y))
+    net.output(net.op("ReduceSum", wide, keepdims=0))
+    shapes = shapes_of(net)
+    assert [shapes.of(value) for value in (tokens, y, z, wide)] == [
+        (None, 6),
+        (None, 3),
+        (None, 1),
+        (None, 3),
+    ]
+
+
 def test_nodes_that_are_alike_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     ask = onnx.shape_inference.infer_node_outputs

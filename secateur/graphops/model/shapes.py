@@ -235,6 +235,7 @@ class _Facts:
         others: serialised types of what is no tensor.
         shapes: None where not even the rank is known.
         values: small constants and shape arithmetic.
+        measured: sizes of which not all are known: what Shape nodes answer, and joined.
         found: how many positions NonZero finds; None where that is left open.
         strict: whether sizes that contradict the model end the walk.
     """
@@ -243,6 +244,7 @@ class _Facts:
     others: dict[str, bytes]
     shapes: dict[str, Shape | None]
     values: dict[str, Array]
+    measured: dict[str, Shape]
     found: int | None
     strict: bool
 
@@ -366,7 +368,13 @@ class _Skeleton:
             _InvalidBinding: with `strict`, when the sizes contradict the model.
         """
         facts = _Facts(
-            dict(self._elements), {}, {**self._sizes, **binding}, dict(self._known), found, strict
+            elements=dict(self._elements),
+            others={},
+            shapes={**self._sizes, **binding},
+            values=dict(self._known),
+            measured={},
+            found=found,
+            strict=strict,
         )
         for name, shape in binding.items():
             if len(shape) == 1 and shape[0] > _LONGEST_SHAPE:
@@ -404,6 +412,8 @@ class _Skeleton:
             return
         if not self._infer_contrib(step, facts):
             self._infer_node(step, facts)
+        if facts.measured and step.op_type in ("Concat", "Reshape", "Expand"):
+            _follow_measured(step, facts)
 
     def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
@@ -450,7 +460,9 @@ class _Skeleton:
 
     def _evaluate(self, step: _Step, facts: _Facts) -> list[Array] | None:
         if step.op_type in ("Shape", "Size") and step.inputs:
-            return _sizes(step, facts.shapes.get(step.inputs[0]))
+            return _sizes(step, facts)
+        if step.op_type == "Gather" and facts.measured.keys() & step.inputs[:1]:
+            return _picked(facts.measured[step.inputs[0]], facts.values.get(step.inputs[1]))
         if step.op_type not in arithmetic.OPERATORS or not step.inputs:
             return None
         inputs: list[Array | None] = []
@@ -697,15 +709,63 @@ def _contradicts(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("incompatible", "mismatch", "divisible"))
 
 
-def _sizes(step: _Step, shape: Shape | None) -> list[Array] | None:
-    """What Shape and Size answer."""
-    if not _is_complete(shape):
+def _sizes(step: _Step, facts: _Facts) -> list[Array] | None:
+    """What Shape and Size answer; an answer of Shape that is known in part is noted."""
+    shape = facts.shapes.get(step.inputs[0])
+    if shape is None:
         return None
-    sizes = np.array(shape, np.int64)
     if step.op_type == "Size":
-        return [np.array(sizes.prod(), np.int64)]
-    begin, end = integer(step.node, "start", 0), integer(step.node, "end", len(sizes))
-    return [sizes[begin:end]]
+        total = None if None in shape else np.array(shape, np.int64).prod()
+        return None if total is None else [np.array(total, np.int64)]
+    begin, end = integer(step.node, "start", 0), integer(step.node, "end", len(shape))
+    sizes = shape[begin:end]
+    if _is_complete(sizes):
+        return [np.array(sizes, np.int64)]
+    facts.measured[step.outputs[0]] = sizes
+    return None
+
+
+def _follow_measured(step: _Step, facts: _Facts) -> None:
+    """What a Concat makes of sizes known in part, and the shapes that they give."""
+    if step.op_type == "Concat":
+        _join_measured(step, facts)
+        return
+    sizes = facts.measured.get(step.inputs[1]) if len(step.inputs) > 1 else None
+    if sizes is None or _is_complete(facts.shapes.get(step.outputs[0])):
+        return
+    if step.op_type == "Reshape":
+        facts.shapes[step.outputs[0]] = tuple(size if (size or 0) > 0 else None for size in sizes)
+        return
+    before = facts.shapes.get(step.inputs[0])
+    if before is not None and len(before) <= len(sizes):
+        pairs = zip((1,) * (len(sizes) - len(before)) + before, sizes, strict=True)
+        facts.shapes[step.outputs[0]] = tuple(
+            old if new == 1 else new if old == 1 else old or new for old, new in pairs
+        )
+
+
+def _join_measured(step: _Step, facts: _Facts) -> None:
+    """Sizes that a Concat puts together, if some come from a Shape known in part."""
+    joined: tuple[int | None, ...] = ()
+    for name in step.inputs:
+        if (known := facts.values.get(name)) is not None:
+            joined += tuple(map(int, known.flat))
+        elif (part := facts.measured.get(name)) is not None:
+            joined += part
+        elif facts.shapes.get(name) == (1,):
+            joined += (None,)
+        else:
+            return
+    if facts.measured.keys() & step.inputs:
+        facts.measured[step.outputs[0]] = joined
+
+
+def _picked(sizes: Shape, indices: Array | None) -> list[Array] | None:
+    """Those of some sizes that are asked for, if they are known."""
+    if indices is None or any(not -len(sizes) <= index < len(sizes) for index in indices.flat):
+        return None
+    picked = tuple(sizes[index] for index in indices.flat)
+    return [np.array(picked, np.int64).reshape(indices.shape)] if _is_complete(picked) else None
 
 
 def _check_indices(
