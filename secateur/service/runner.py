@@ -91,9 +91,9 @@ class Runner:
             await self._admission.check(client)
         message = await self._jobs.lasting(client, request) if result is None else result
         content, needs = message.SerializeToString(), blobs_of(message)
-        outcome = (content, b"") if result is None else (b"", content)
+        todo, done = (content, b"") if result is None else (b"", content)
         operation = await asyncio.to_thread(
-            self._repository.add, client, key, *outcome, needs, request_id
+            self._repository.add, client, key, todo, done, needs, request_id
         )
         if not operation.state.done:
             self._parents.setdefault(operation.id, _trace.headers())
