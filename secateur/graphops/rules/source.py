@@ -20,13 +20,17 @@ def couple_nothing(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_constant_of_shape(flow: Flow, node: ir.Node) -> None:
-    """Every position is alike: axes of fixed size are the node's own to shorten."""
-    output = node.outputs[0]
+    """Every position is alike: axes of fixed size are the node's own to shorten. Where the shape
+    is another tensor's and not known whole, the result follows that tensor."""
+    output, like = node.outputs[0], node.inputs[0].producer() if node.inputs[0] else None
+    if like is not None and flow.value(node.inputs[0]) is None:
+        whole = like.op_type == "Shape" and not {"start", "end"} & set(like.attributes)
+        return flow.set(output, flow.blocks(like.inputs[0]) if whole else BARE)
     blocks: Blocks = BARE
     for axis, size in enumerate(flow.shape(output) or ()):
         if size is not None and size > 1 and flow.shapes.is_fixed(str(output.name), axis):
             blocks += single(axis, flow.loose(size))
-    flow.set(output, blocks)
+    return flow.set(output, blocks)
 
 
 def rewrite_constant_of_shape(surgeon: Surgeon, node: ir.Node) -> None:
