@@ -2121,6 +2121,14 @@ def _(net: Net) -> str:
     return sequence_end(net, y)
 
 
+@row("Tile", "the same place of every channel")
+def _(net: Net) -> str:
+    x = sequence(net)
+    _, chosen = net.ops("TopK", net.input("score", [2, T, 1]), net.ints(2), outputs=2, axis=1)
+    places = net.op("Tile", chosen, net.ints(1, 1, C), name=SUBJECT)
+    return sequence_end(net, net.op("GatherElements", x, places, axis=1))
+
+
 # What is chosen from channels, and the channels it was chosen from, are cut alike. Such a node
 # reads numbers of positions, which a cut renumbers: it is held to the law of the whole model.
 

@@ -178,15 +178,31 @@ def rewrite_expand(surgeon: Surgeon, node: ir.Node) -> None:
 
 
 def couple_tile(flow: Flow, node: ir.Node) -> None:
-    """Labels repeat as the tensor does."""
-    value, repeats = node.inputs[0], flow.value(node.inputs[1])
-    if repeats is None:
+    """Labels repeat as the tensor does; copies of a single position are the node's own to leave."""
+    value, output, repeats = node.inputs[0], node.outputs[0], flow.value(node.inputs[1])
+    before = flow.shape(value)
+    if repeats is None or before is None:
         return _lose(flow, node)
     blocks = []
     for block in flow.blocks(value):
         labels = np.tile(block.labels, [int(repeats[axis]) for axis in block.axes])
         blocks.append(Block(block.axes, labels))
-    return flow.set(node.outputs[0], tuple(blocks))
+    said = flow.shapes.fixed_entries(str(node.inputs[1].name))  # type: ignore[union-attr]
+    for axis, size in enumerate(before):
+        if size == 1 and repeats[axis] > 1 and said is not None and said.all():
+            blocks = [block for block in blocks if axis not in block.axes]
+            blocks += lab.single(axis, flow.loose(int(repeats[axis])))
+    return flow.set(output, tuple(blocks))
+
+
+def rewrite_tile(surgeon: Surgeon, node: ir.Node) -> None:
+    """A single position is repeated as often as its copies stay."""
+    repeats, before = surgeon.value(node.inputs[1]), surgeon.shape(node.inputs[0])
+    sizes = surgeon.changed_sizes(node.outputs[0])
+    single = {axis: size for axis, size in sizes.items() if before[axis] == 1}
+    if repeats is not None and single:
+        written = [single.get(axis, int(often)) for axis, often in enumerate(repeats)]
+        surgeon.set_input(node, 1, written)
 
 
 _move = functools.partial(register, family="movement", void=of_first, reads=(0,), moves=True)
@@ -196,4 +212,4 @@ _move("Unsqueeze", couple=couple_unsqueeze)
 _move("Flatten", couple=couple_reshape)
 _move("Reshape", couple=couple_reshape, rewrite=rewrite_reshape, since=5)
 _move("Expand", couple=couple_expand, rewrite=rewrite_expand)
-_move("Tile", couple=couple_tile)
+_move("Tile", couple=couple_tile, rewrite=rewrite_tile)
