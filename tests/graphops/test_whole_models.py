@@ -150,6 +150,33 @@ def test_a_choice_that_weights_make() -> None:
     lawful(net.bytes(), target={"channels": 0.5})
 
 
+def test_zeros_like_a_tensor_of_open_length() -> None:
+    """As a WaveNet starts its sum over layers: zeros of the shape of what enters."""
+    net = Net()
+    x = net.input("x", [2, 6])
+    ones = (np.arange(1600).reshape(40, 40) < 57).astype(np.float32)  # too many to follow
+    mask = net.op("Greater", net.const(ones), net.const(np.float32(0.5)))
+    rows = net.op("Slice", net.op("NonZero", mask), net.ints(0), net.ints(1), net.ints(0))
+    net.output(net.op("Add", net.op("Cast", rows, to=TensorProto.FLOAT), net.floats(1, 57)))
+    tokens = net.op("Gather", x, net.op("Mod", net.op("Squeeze", rows, net.ints(0)), net.ints(2)))
+    wide = net.op("Relu", net.dense(tokens, 6, 16))
+    zeros = net.op("ConstantOfShape", net.op("Shape", wide))
+    y = net.op("Add", zeros, net.op("Tanh", net.dense(wide, 16, 16)))
+    net.output(net.dense(net.op("Add", y, net.dense(wide, 16, 16)), 16, 3))
+    lawful(net.bytes(), target={"channels": 0.5})
+
+
+def test_a_mask_that_is_chosen_from_before_it_becomes_a_size() -> None:
+    """As relative positions are put into buckets: truths known beforehand choose among numbers."""
+    net = Net()
+    near = net.op("And", net.const(np.eye(6) > 0), net.const(np.ones((6, 6)) > 0))
+    places = net.op("Where", near, net.ints(1), net.const(np.arange(36).reshape(6, 6) % 4))
+    bias = net.op("Squeeze", net.op("Gather", net.floats(4, 1), places), net.ints(-1))  # (6, 6)
+    y = net.op("MatMul", net.input("x", [2, 6]), bias)
+    net.output(net.dense(net.op("Relu", net.dense(y, 6, 16)), 16, 3))
+    lawful(net.bytes(), target={"channels": 0.5})
+
+
 def test_sparse_initializers() -> None:
     net = Net(opset=13)
     x = net.op("MatMul", net.input("x", [2, 4]), "sparse")

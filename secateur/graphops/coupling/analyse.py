@@ -95,7 +95,7 @@ def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
 def _visit(flow: Flow, node: ir.Node) -> None:
     if _is_shape_arithmetic(flow, node):
         if node.op_type not in ("Shape", "Size"):  # those measure what is left
-            flow.hold(node)
+            _freeze_reached(flow, node, "BARE_AXIS", "becomes a size")
         for index in range(len(node.inputs)):
             flow.follow(node, index)  # what is known before anything is chosen
         return
@@ -131,7 +131,7 @@ def _is_shape_arithmetic(flow: Flow, node: ir.Node) -> bool:
     A number that is repeated along two axes or more (indices of a scatter) can be repeated less
     often: the node's rule says so.
     """
-    if node.op_type in ("Expand", "ConstantOfShape") and node.domain == "":
+    if node.op_type in ("Expand", "Tile", "ConstantOfShape") and node.domain == "":
         source, made = flow.value(node.inputs[0]), flow.shape(node.outputs[0])
         alike = node.op_type == "ConstantOfShape" or (source is not None and source.size == 1)
         if alike and made is not None and len(made) > 1:
