@@ -11,6 +11,12 @@ from rows import diagonal, gated, merged
 
 import secateur
 from secateur.errors import Code, Refused
+from secateur.graphops.coupling.flow import Flow
+from secateur.graphops.coupling.grouping import frozen_components
+from secateur.graphops.coupling.labels import FIXED
+from secateur.graphops.coupling.units import resolve_rectangles
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.shapes import infer_shapes
 from secateur.recipe import Recipe
 
 
@@ -247,6 +253,21 @@ def test_heads_of_a_recurrent_step_go_from_every_gate() -> None:
     result = lawful(net.bytes(), target={"channels": 0.5})
     sizes = {t.name: tuple(t.dims) for t in onnx.load_from_string(result.model).graph.initializer}
     assert sizes["blocks"] == (2, 2, 3, 3)
+
+
+def test_a_joint_block_that_is_fixed_in_part_is_resolved() -> None:
+    """One position that stays keeps its row; the other row goes whole."""
+    net = Net()
+    net.output(net.dense(net.input("x", [2, 4]), 4, 3))
+    model = open_model(net.bytes()).model
+    flow = Flow(infer_shapes(model), {"": 17}, {}, model.graph)
+    labels = flow.fresh(4).reshape(2, 2)
+    labels[0, 0] = FIXED
+    flow.rectangles.append(labels)
+    count, component = resolve_rectangles(flow)
+    frozen = frozen_components(flow, count, component)[component]
+    assert frozen[labels].tolist() == [[True, True], [False, False]]
+    assert component[labels[1, 0]] == component[labels[1, 1]]
 
 
 def test_the_inner_width_of_block_diagonal_products_goes_where_the_outer_stays() -> None:

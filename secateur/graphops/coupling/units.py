@@ -147,8 +147,10 @@ def resolve_rectangles(flow: Flow) -> tuple[int, npt.NDArray[np.int32]]:
         frozen = frozen_components(flow, count, component)
         changed = False
         touched = np.zeros(count, np.bool_)
+        # What stays is all one: no equality makes it the same component.
+        part_of = np.where(frozen, component[FIXED], np.arange(count))[component]
         for labels in flow.rectangles:
-            parts = component[labels]
+            parts = part_of[labels]
             varying = [p for p in range(parts.ndim) if not _constant_along(parts, p)]
             if len(varying) < 2:
                 continue
