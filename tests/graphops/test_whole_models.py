@@ -177,6 +177,15 @@ def test_a_mask_that_is_chosen_from_before_it_becomes_a_size() -> None:
     lawful(net.bytes(), target={"channels": 0.5})
 
 
+def test_a_range_of_positions_that_data_decide_beside_channels() -> None:
+    net = Net()
+    x = net.op("Relu", net.dense(net.input("x", [2, 6, 4]), 4, 16))
+    first = net.op("Cast", net.op("Mul", net.input("t", [1]), net.const(np.float32(0))), to=INT64)
+    y = net.op("Slice", x, first, net.op("Add", first, net.ints(3)), net.ints(1))
+    net.output(net.dense(net.op("Add", y, net.floats(16)), 16, 3))
+    lawful(net.bytes(), target={"channels": 0.5})
+
+
 def test_sparse_initializers() -> None:
     net = Net(opset=13)
     x = net.op("MatMul", net.input("x", [2, 4]), "sparse")

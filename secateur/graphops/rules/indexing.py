@@ -103,7 +103,9 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
     if not shape:
         return
     inputs = [None, *(surgeon.value(item) for item in node.inputs[1:])]
-    index = arithmetic.slices(node, inputs, len(shape))
+    index = _ranges(node, inputs, len(shape))
+    if index is None:
+        return  # a range not known beforehand: its axes stay whole
     axes_given = integers_at(surgeon, node, 3, "axes")
     starts, ends = integers_at(surgeon, node, 1, "starts"), integers_at(surgeon, node, 2, "ends")
     if starts is None or ends is None:
