@@ -2,8 +2,7 @@
 
 Drift is taken to add up over groups, and what a step saves depends on what has gone before it (a
 convolution costs inputs × outputs). Steps are therefore taken greedily, the one with the least
-drift per multiply-accumulate saved first, on the lower convex hull of each group's curve: the
-Lagrangian solution where costs are fixed (Shoham, Gersho: Efficient Bit Allocation, 1988).
+drift per multiply-accumulate saved first, on the lower convex hull of each group's curve.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.planning.hull import additive, lower_hull
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask, Scores, Steps
 
-# Drift saturates at 1, where nothing of the output is left: what adds up is -ln(1 - drift). Beyond
-# this much of it, a group is lost.
-_LOST = 0.9999
 _BEYOND = 2.0  # how much steeper than its last part a curve is taken to be where it ends
 
 
@@ -107,16 +104,14 @@ def _slopes(
         drift = scale * loss
     else:
         known = np.concatenate([[0.0], losses[np.array(curve.gone[1:]) - 1]])
-        measured = -np.log1p(-np.minimum(curve.drift, _LOST))
+        measured = additive(curve.drift)
         drift = np.interp(loss, known, measured)
         rise = measured[-1] - measured[-2]
         steep = _BEYOND * rise / max(known[-1] - known[-2], 1e-12)
         drift = np.where(loss > known[-1], measured[-1] + steep * (loss - known[-1]), drift)
     slopes = np.zeros(left.size)
     at = 0
-    while at < left.size:
-        ahead = (drift[at + 1 :] - drift[at]) / (gone[at + 1 :] - gone[at])
-        end = at + 1 + int(np.argmin(ahead))
-        slopes[at:end] = max(float(ahead[end - at - 1]), 0.0)
+    for end, slope in lower_hull(gone, drift):
+        slopes[at:end] = slope
         at = end
     return slopes

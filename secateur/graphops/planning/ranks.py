@@ -38,6 +38,7 @@ from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.planning.drift import Answers
+from secateur.graphops.planning.hull import additive, lower_hull
 from secateur.graphops.planning.planner import unreachable
 from secateur.graphops.rules.linear import Convolution, LinearMap
 from secateur.graphops.surgery.split import Factors, split
@@ -50,7 +51,6 @@ _TRIED = (0.75, 0.4)  # of a product's cost, where its drift is measured
 _SAMPLES = 64  # that a trial runs on
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a budget that goes by rank
 _DAMPING = 1e-6  # of the mean of E[x²]: what few samples cannot tell
-_LOST = 0.9999  # drift saturates at 1: what adds up is -ln(1 - drift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +314,7 @@ def _drifts(
 ) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
     """What losses of one product do to the outputs, between and beyond those that are tried."""
     if answers is None:
-        return lambda losses: -np.log1p(-np.minimum(losses, _LOST))
+        return additive
     answers.network.advance(one.view.node)
     known, drifts = [0.0], [0.0]
     for share in _TRIED:
@@ -322,7 +322,7 @@ def _drifts(
         changed = answers.network.beside(split(model, {one.name: one.factors(rank)}))
         drift = answers.drift(changed.piece(answers.outputs))
         known.append(float(one.losses[rank]))
-        drifts.append(max(drifts[-1], float(-np.log1p(-min(drift, _LOST)))))
+        drifts.append(max(drifts[-1], float(additive(drift))))
     steep = drifts[-1] / max(known[-1], 1e-12)
 
     def drift_of(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -343,9 +343,5 @@ def _hull(
     drift = np.concatenate([[0.0], drift_of(one.losses[ranks])])
     shares = [sum(saved.of(int(rank)).values()) for rank in ranks]
     gain = np.concatenate([[0.0], shares])
-    at = 0
-    while at < ranks.size and gain[-1] > 0:
-        slopes = (drift[at + 1 :] - drift[at]) / np.maximum(gain[at + 1 :] - gain[at], 1e-12)
-        best = int(np.argmin(slopes))
-        at += 1 + best
-        yield max(float(slopes[best]), 0.0), int(ranks[at - 1])
+    if gain[-1] > 0:
+        yield from ((slope, int(ranks[at - 1])) for at, slope in lower_hull(gain, drift))
