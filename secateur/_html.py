@@ -221,11 +221,10 @@ def _groups(report: Report) -> str:
             _bar(group.kept / group.units if group.units else 1.0),
             f"<code>{html.escape(', '.join(group.tensors[:4]))}"
             f"{' …' if len(group.tensors) > 4 else ''}</code>",
-            html.escape(group.frozen),
         )
         for group in report.groups
     )
-    return _table(("Kind", "Kept", "", "Tensors", "Stays because"), rows, numbers=(1,))
+    return _table(("Kind", "Kept", "", "Tensors"), rows, numbers=(1,))
 
 
 def _frozen(report: Report) -> str:

@@ -263,20 +263,19 @@ def _costs(first: str, one: Cost, second: str | None, other: Cost | None) -> ric
 def _groups(groups: Iterable[Group]) -> rich.table.Table:
     alike: dict[tuple[Any, ...], list[Group]] = collections.defaultdict(list)
     for group in groups:
-        key = (bool(group.frozen), group.frozen, group.kind, group.units, group.channels_per_unit)
-        alike[key].append(group)
-    rows = sorted(alike.items(), key=lambda row: (row[0][0], -row[0][3] * row[0][4] * len(row[1])))
+        alike[group.kind, group.units, group.channels_per_unit].append(group)
+    rows = sorted(alike.items(), key=lambda row: -row[0][1] * row[0][2] * len(row[1]))
     table = rich.table.Table(box=None, pad_edge=False)
     for name in ("groups", "units", "width"):
         table.add_column(name, justify="right")
-    for name in ("kind", "for example", "stays because"):
+    for name in ("kind", "for example"):
         table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=40)
-    for (_, frozen, kind, units, width), members in rows[:_ROWS]:
+    for (kind, units, width), members in rows[:_ROWS]:
         example = members[0].tensors[0] if members[0].tensors else members[0].id
-        cells = (str(len(members)), str(units), str(width), kind, example, frozen)
+        cells = (str(len(members)), str(units), str(width), kind, example)
         table.add_row(*(rich.markup.escape(cell) for cell in cells))
     if len(rows) > _ROWS:
-        table.add_row("…", "", "", "", f"{len(rows) - _ROWS} more kinds; see --json", "")
+        table.add_row("…", "", "", "", f"{len(rows) - _ROWS} more kinds; see --json")
     return table
 
 

@@ -143,7 +143,7 @@ class Group(_Value):
         kept: how many are kept (equal to `units` in `inspect`).
         channels_per_unit: positions of the widest tensor axis that one unit takes.
         tensors: `name[axis]` of every constant the units slice.
-        frozen: why none of them may go; empty when they may.
+        frozen: always empty: what may not go is in no group, and `Inspection.frozen` says why.
         normalised_by: nodes that normalise or reduce across these channels, where the exactness
             law has named exceptions (LayerNormalization, Softmax, ReduceMean …).
     """
