@@ -199,8 +199,7 @@ class Flow:
 
     def opset(self, node: ir.Node) -> int:
         """The version of the node's operator set."""
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        return self.opsets.get(domain, 1)
+        return self.opsets.get(node.domain, 1)
 
     def blocks(self, value: ir.Value | None) -> Blocks:
         """The labels of a tensor. A constant gets labels of its own when first asked for."""

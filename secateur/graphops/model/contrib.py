@@ -10,13 +10,15 @@ import onnx_ir as ir
 
 from secateur.graphops.model.attributes import integer, integers
 
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
 Shape = tuple[int | None, ...]
 Shapes = Sequence[Shape | None]
 
 
 def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
     """Shapes of the outputs that are known, None when the operator is not known here."""
-    function = _table(node.domain).get(node.op_type)
+    function = _TABLES.get(node.domain, {}).get(node.op_type)
     if function is None or not inputs or inputs[0] is None:
         return None
     try:
@@ -35,7 +37,7 @@ _LIKE = {
 
 def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
     """The standard node with the same shapes, None where there is none."""
-    if node.domain != "com.microsoft" or node.op_type not in _LIKE:
+    if node.domain != CONTRIB or node.op_type not in _LIKE:
         return None
     op_type, inputs = _LIKE[node.op_type]
     known = onnx.defs.get_schema(op_type).attributes
@@ -128,7 +130,7 @@ _STANDARD: _Table = {
     "SimplifiedLayerNormalization": _first,
     "MeanVarianceNormalization": _first,
 }
-_CONTRIB: _Table = {
+_OTHERS: _Table = {
     "BiasGelu": _first,
     "FastGelu": _first,
     "QuickGelu": _first,
@@ -160,6 +162,7 @@ _CONTRIB: _Table = {
     "QLinearMul": _binary,
     "QLinearGlobalAveragePool": _global_pool,
 }
+_TABLES = {"": _STANDARD, CONTRIB: _OTHERS}
 
 
 # Operators of com.microsoft whose outputs have the elements of another input than the first.
@@ -176,10 +179,4 @@ _ELEMENTS = {
 
 def elements_from(node: ir.Node) -> int:
     """Index of the input whose elements the outputs have."""
-    return _ELEMENTS.get(node.op_type, 0) if node.domain == "com.microsoft" else 0
-
-
-def _table(domain: str) -> _Table:
-    if domain == "com.microsoft":
-        return _CONTRIB
-    return _STANDARD if domain in ("", "ai.onnx") else {}
+    return _ELEMENTS.get(node.op_type, 0) if node.domain == CONTRIB else 0

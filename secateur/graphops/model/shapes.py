@@ -221,7 +221,7 @@ class _Step:
             else tuple([item.SerializeToString() for item in serialised.attribute]),
             inputs=inputs,
             outputs=outputs,
-            op_type=serialised.op_type if serialised.domain in ("", "ai.onnx") else "",
+            op_type=node.op_type if node.domain == "" else "",
             bodies=tuple(bodies(node).values()),
         )
 
@@ -324,7 +324,7 @@ class _Skeleton:
 
     def _check_size(self, node: ir.Node) -> None:
         """Raises `LIMIT_EXCEEDED` for a tensor that no machine holds: native code would try to."""
-        if node.domain not in ("", "ai.onnx") or not node.inputs:
+        if node.domain != "" or not node.inputs:
             return
         sizes = node.inputs[-1]
         known = self._known.get(sizes.name or "") if sizes is not None else None
@@ -342,7 +342,7 @@ class _Skeleton:
 
     def _fold(self, node: ir.Node) -> bool:
         """Evaluates arithmetic on constants once, for all bindings."""
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain != "":
             return False
         inputs = []
         for value in node.inputs:
@@ -535,7 +535,7 @@ class _Skeleton:
     ) -> list[_Type | None] | None:
         """Types of the outputs; None where the inputs' sizes disagree."""
         unknown: list[_Type | None] = [None] * len(outputs)
-        domain = "" if node.domain == "ai.onnx" else node.domain
+        domain = node.domain
         standard = contrib.as_standard(node)
         if standard is not None:  # whose types the standard operator does not allow
             elements = types[standard.input[0]][0]
@@ -609,7 +609,7 @@ _CONTROL = ("If", "Loop", "Scan")
 
 def bodies(node: ir.Node) -> dict[str, ir.Graph]:
     """The subgraphs of If, Loop and Scan by attribute; empty for any other node."""
-    if node.op_type not in _CONTROL or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in _CONTROL or node.domain != "":
         return {}
     found = {}
     for name, attribute in node.attributes.items():

@@ -150,7 +150,7 @@ def _fits(view: LinearMap) -> bool:
     """Whether a node is one of the three operators, and neither too small nor too large."""
     node, tensor = view.node, tensor_of(view)
     assert tensor is not None
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Conv"):
+    if node.domain != "" or node.op_type not in ("MatMul", "Gemm", "Conv"):
         return False
     if isinstance(view, Convolution):
         if view.groups != 1 or any(size != 1 for size in view.kernel):

@@ -129,7 +129,7 @@ class Means:
         """
         value = view.node.inputs[0]
         while (producer := value.producer() if value is not None else None) is not None:
-            if producer.op_type not in _MEAN_STAYS or producer.domain not in ("", "ai.onnx"):
+            if producer.op_type not in _MEAN_STAYS or producer.domain != "":
                 break
             value = producer.inputs[0]
         if value is None:

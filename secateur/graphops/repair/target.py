@@ -123,7 +123,7 @@ class Ending:
         value, rest = node.outputs[0], list[str]()
         while not value.is_graph_output() and len(value.uses()) == 1:
             user, index = next(iter(value.uses()))
-            if user.op_type != "Add" or user.domain not in ("", "ai.onnx"):
+            if user.op_type != "Add" or user.domain != "":
                 break
             other = user.inputs[1 - index]
             if other is None or other is value:

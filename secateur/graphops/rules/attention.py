@@ -17,11 +17,10 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Labels, single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, integers, operand
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.rules.contraction import all_axes
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
-
-CONTRIB = "com.microsoft"
 
 
 def _line(flow: Flow, value: ir.Value, axis: int) -> Labels:

@@ -16,6 +16,7 @@ from secateur.graphops.coupling import void
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Labels, single
 from secateur.graphops.model.attributes import KnowsValues, integer, operand, real
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
@@ -248,4 +249,4 @@ _broadcast("Sub", void=void.subtracted)
 _broadcast("Where", void=void.chosen)
 _broadcast("Equal", couple=couple_equal, rewrite=rewrite_equal, void=void.of_empty)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
-register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain="com.microsoft")
+register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain=CONTRIB)

@@ -18,10 +18,10 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand, text
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.rules.contraction import all_axes
 from secateur.graphops.rules.registry import register
 
-CONTRIB = "com.microsoft"
 _ROUTER, _WEIGHER = 1, 14  # inputs with E as their axis 1
 _GATED = ("swiglu", "geglu")
 

@@ -5,6 +5,7 @@ Each sentence is what a report says of a channel that such an operator keeps.
 
 from __future__ import annotations
 
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.rules.registry import explain
 
 explain(
@@ -46,7 +47,6 @@ explain(
 explain("SwiGLU", "ONNX Runtime does not run it yet, so that no cut through it could be verified")
 explain("Scan", "before opset 9 it scans a batch of sequences, each of its own length")
 
-CONTRIB = "com.microsoft"
 explain(
     "BiasAdd BiasSplitGelu GroupNorm NhwcConv SkipGroupNorm",
     "ONNX Runtime runs it on GPUs only, so that no cut through it could be verified",

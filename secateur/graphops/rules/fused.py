@@ -8,10 +8,9 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.rules import contraction, elementwise
 from secateur.graphops.rules.registry import register
-
-CONTRIB = "com.microsoft"
 
 
 def couple_skip_norm(flow: Flow, node: ir.Node) -> None:

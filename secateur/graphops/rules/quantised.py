@@ -15,11 +15,10 @@ from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
+from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.rules import contraction, indexing, reduction, spatial
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
-
-CONTRIB = "com.microsoft"
 
 Operands = list[tuple[int, Sequence[Letter | None]]]
 

@@ -130,7 +130,6 @@ def register(
 
 def find(domain: str, op_type: str, opset: int) -> Rule | None:
     """The rule for an operator at an opset version, None when there is none."""
-    domain = "" if domain == "ai.onnx" else domain
     for rule in _RULES.get((domain, op_type), ()):
         if rule.since <= opset <= rule.until:
             return rule
@@ -139,8 +138,7 @@ def find(domain: str, op_type: str, opset: int) -> Rule | None:
 
 def of(node: ir.Node, opsets: Mapping[str, int]) -> Rule | None:
     """The rule for a node of a model that imports these versions of domains, None for none."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    return find(domain, node.op_type, opsets.get(domain, 1))
+    return find(node.domain, node.op_type, opsets.get(node.domain, 1))
 
 
 def explain(op_types: str, sentence: str, *, domain: str = "") -> None:
@@ -156,7 +154,7 @@ def explain(op_types: str, sentence: str, *, domain: str = "") -> None:
 
 def reason(domain: str, op_type: str) -> str | None:
     """Why an operator has no rule, None where nobody has said."""
-    return _REASONS.get(("" if domain == "ai.onnx" else domain, op_type))
+    return _REASONS.get((domain, op_type))
 
 
 def all_reasons() -> dict[tuple[str, str], str]:

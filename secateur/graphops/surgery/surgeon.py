@@ -127,7 +127,7 @@ class Surgeon:
 
     def opset(self, node: ir.Node) -> int:
         """The version of the node's operator set."""
-        return self._opsets.get("" if node.domain == "ai.onnx" else node.domain, 1)
+        return self._opsets.get(node.domain, 1)
 
     # -- edits ---------------------------------------------------------------------------------
 

@@ -219,7 +219,7 @@ class _Head:
         while value is not None:
             head.between.add(str(value.name))
             node = value.producer()
-            if node is None or node.domain not in ("", "ai.onnx"):
+            if node is None or node.domain != "":
                 raise head._unknown(node)
             value = head._step(node, size)
         return head
