@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from secateur.graphops.coupling import branches, units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.collecting import uncollected
+from secateur.graphops.model.names import matching
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, bodies, captured_by, constant_tensor, walk
 from secateur.recipe import Recipe
@@ -155,12 +155,12 @@ def _ignore(flow: Flow, graph: ir.Graph, globs: Sequence[str]) -> None:
     for glob in globs:
         matched = False
         for node in graph:
-            if node.name and fnmatch.fnmatchcase(node.name, glob):
+            if node.name and matching([glob], [node.name]):
                 matched = True
                 for value in node.outputs:
                     _keep(flow, value, glob)
         for name, value in graph.initializers.items():
-            if fnmatch.fnmatchcase(str(name), glob):
+            if matching([glob], [str(name)]):
                 matched = True
                 _keep(flow, value, glob)
         if not matched:

@@ -15,6 +15,9 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from secateur.graphops.model.constants import add_initializer
+from secateur.graphops.model.names import free_name
+
 
 def unshare(model: ir.Model) -> Mapping[str, str]:
     """Gives each reader of a shared vector its own copy, in place.
@@ -32,7 +35,8 @@ def unshare(model: ir.Model) -> Mapping[str, str]:
         if not _is_vector(value):
             continue
         for user, index in list(value.uses())[1:]:
-            name = _free_name(graph, f"{value.name}__{index}_of_{user.outputs[0].name}")
+            wish = f"{value.name}__{index}_of_{user.outputs[0].name}"
+            name = free_name(wish, graph.initializers)
             user.replace_input_with(index, _add_copy(graph, name, value))
             copies[name] = copies.get(str(value.name), str(value.name))
     if model.ir_version < 4:  # where the specification wants every initializer among the inputs
@@ -70,15 +74,4 @@ def _is_vector(value: ir.Value) -> bool:
 def _add_copy(graph: ir.Graph, name: str, source: ir.Value) -> ir.Value:
     assert source.const_value is not None
     tensor = ir.Tensor(source.const_value.numpy(), dtype=source.const_value.dtype, name=name)
-    value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _free_name(graph: ir.Graph, wish: str) -> str:
-    name, number = wish, 2
-    while name in graph.initializers:
-        name, number = f"{wish}_{number}", number + 1
-    return name
+    return add_initializer(graph, tensor)

@@ -20,6 +20,7 @@ from secateur.errors import Code, refuse
 from secateur.graphops.model import checking
 from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
+from secateur.graphops.model.names import free_name
 from secateur.result import WeightsFile
 
 # Any: a gs.Graph, which is told by its module, so that onnx-graphsurgeon is never imported for it.
@@ -360,10 +361,7 @@ def _name_nodes_uniquely(graph: ir.Graph) -> None:
         if not node.name:
             continue
         if node.name in seen:
-            number = 2
-            while f"{node.name}__{number}" in taken:
-                number += 1
-            node.name = f"{node.name}__{number}"
+            node.name = free_name(node.name, taken, "__")
             taken.add(node.name)
         seen.add(node.name)
 
@@ -377,10 +375,7 @@ def _name_values_uniquely(graph: ir.Graph) -> None:
         values += [value for node in body for value in node.outputs]
         for value in values:
             if value.name and value.name in taken:
-                number = 2
-                while f"{value.name}__{number}" in taken:
-                    number += 1
-                value.name = f"{value.name}__{number}"
+                value.name = free_name(value.name, taken, "__")
             taken.add(value.name)
 
 

@@ -12,7 +12,6 @@ are then taken on the lower hull of each product's curve, the least drift for wh
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.attributes import integer
+from secateur.graphops.model.names import matching
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.planning.drift import Answers
@@ -168,7 +168,7 @@ def _kept(view: LinearMap, shared: set[str], ignore: Sequence[str]) -> bool:
     names = [str(value.name), view.node.name or ""]
     if len(value.uses()) > 1 or value.name in shared or value.is_graph_input():
         return True
-    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in ignore)
+    return matching(ignore, names) is not None
 
 
 def _root(second: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -7,7 +7,6 @@ weights: masks, positions, tables of angles. Every layer may read it beside its 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.network import read_by
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.names import matching
 from secateur.graphops.model.opening import node_label
 
 END = -1  # the place behind all nodes, where every path ends
@@ -77,7 +77,7 @@ class FlowGraph:
             elif all(self.is_known(name) for name in reads):
                 self.conditions.update(writes)
             names = [node.name or "", *(name for name in reads if name in graph.initializers)]
-            if any(fnmatch.fnmatchcase(name, glob) for name in names for glob in ignore):
+            if matching(ignore, names) is not None:
                 self.kept.add(place)
 
     def _is_shape_arithmetic(self, name: str) -> bool:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.graphops.model.constants import add_initializer, set_constant
+
 
 def replace_constant(
     graph: ir.Graph,
@@ -25,13 +27,6 @@ def replace_constant(
     numbers = np.ascontiguousarray(array.astype(dtype.numpy()))
     tensor = ir.Tensor(numbers, dtype=dtype, name=name)
     if value is not None and alone:
-        producer = value.producer()
-        if producer is not None:
-            producer.attributes.clear()  # it may have been value_floats
-            producer.attributes["value"] = ir.AttrTensor("value", tensor)
-        else:
-            value.const_value = tensor
+        set_constant(value, tensor)
         return
-    fresh = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(fresh)
-    node.replace_input_with(index, fresh)
+    node.replace_input_with(index, add_initializer(graph, tensor))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from secateur.graphops.calibration.moments import (
     width,
 )
 from secateur.graphops.calibration.network import Network
+from secateur.graphops.model.names import matching
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.constants import replace_constant
@@ -141,9 +141,9 @@ class _Layer:
         value = self.view.node.inputs[self.view.weight]
         assert value is not None
         names = [str(value.name), self.view.node.name or ""]
-        for glob in ignore:
-            if any(fnmatch.fnmatchcase(name, glob) for name in names):
-                return f"matches --ignore {glob!r}"
+        glob = matching(ignore, names)
+        if glob is not None:
+            return f"matches --ignore {glob!r}"
         if len(value.uses()) > 1:
             return f"{len(value.uses())} nodes read it"
         entries = width(self.view)

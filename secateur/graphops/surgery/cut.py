@@ -13,6 +13,7 @@ from secateur.errors import Code, refuse
 from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.collecting import uncollected
+from secateur.graphops.model.constants import set_constant
 from secateur.graphops.model.opening import node_label, release
 from secateur.graphops.model.shapes import bodies, constant_tensor, walk
 from secateur.graphops.rules.registry import Rewrite
@@ -114,15 +115,14 @@ def _slice_constants(
         for name, value in owner.initializers.items():
             tensor, axes = _sliced(surgeon, value, value.const_value)
             if tensor is not None:
-                value.const_value = tensor
+                set_constant(value, tensor)
             kept[str(name)] = axes
     for node in nodes:
         if node.op_type == "Constant" and node.domain == "":
             output = node.outputs[0]
             tensor, axes = _sliced(surgeon, output, constant_tensor(node))
             if tensor is not None:
-                node.attributes.clear()  # it may have been value_floats
-                node.attributes["value"] = ir.AttrTensor("value", tensor)
+                set_constant(output, tensor)
                 kept[str(output.name)] = axes
     return kept
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.calibration.moments import tensor_of
+from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.rules.linear import Convolution, LinearMap
 from secateur.graphops.surgery.cut import drop_unread, unread
 
@@ -80,6 +81,4 @@ def _constant(
     graph: ir.Graph, name: str, array: npt.NDArray[np.floating], dtype: ir.DataType
 ) -> ir.Value:
     tensor = ir.Tensor(np.ascontiguousarray(array.astype(dtype.numpy())), dtype=dtype, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, tensor)

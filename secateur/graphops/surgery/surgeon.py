@@ -13,6 +13,8 @@ import onnx_ir as ir
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model import arithmetic
 from secateur.graphops.model.attributes import integer
+from secateur.graphops.model.constants import add_initializer, set_constant
+from secateur.graphops.model.names import free_name
 from secateur.graphops.model.shapes import Array, Shape, real_inputs
 
 Mask = npt.NDArray[np.bool_]
@@ -158,17 +160,13 @@ class Surgeon:
         if len(node.inputs) <= index:
             node.resize_inputs(index + 1)
         old = node.inputs[index]
-        if old is not None and old.is_initializer() and len(old.uses()) == 1:
-            old.const_value = ir.Tensor(array, name=old.name)
-            old.shape = ir.Shape(array.shape)
-            return
-        producer = None if old is None else old.producer()
-        if producer is not None and producer.op_type == "Constant" and len(old.uses()) == 1:  # type: ignore[union-attr]
-            producer.attributes.clear()
-            producer.attributes["value"] = ir.AttrTensor("value", ir.Tensor(array))
-            if old is not None and old.type is not None:
-                old.shape = ir.Shape(array.shape)
-            return
+        if old is not None and len(old.uses()) == 1:
+            producer = old.producer()
+            if old.is_initializer() or (producer is not None and producer.op_type == "Constant"):
+                set_constant(old, ir.Tensor(array, name=old.name if producer is None else None))
+                if old.type is not None:
+                    old.shape = ir.Shape(array.shape)
+                return
         node.replace_input_with(index, self._constant(f"{node.outputs[0].name}__{index}", array))
 
     def become_reshape(self, node: ir.Node) -> None:
@@ -187,13 +185,7 @@ class Surgeon:
             value.replace_all_uses_with(self._constant(f"{value.name}__fixed", array))
 
     def _constant(self, name: str, array: Array) -> ir.Value:
-        free = self._free_name(name)
-        tensor = ir.Tensor(array, name=free)
-        value = ir.Value(
-            name=free, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, ir.Tensor(array, name=self._free_name(name)))
 
     def _free_name(self, wish: str) -> str:
         if not self._names:
@@ -201,9 +193,7 @@ class Surgeon:
                 values = [*graph.inputs, *graph.initializers.values()]
                 values += [output for node in graph for output in node.outputs]
                 self._names.update(value.name for value in values)
-        free, number = wish, 2
-        while free in self._names:
-            free, number = f"{wish}_{number}", number + 1
+        free = free_name(wish, self._names)
         self._names.add(free)
         return free
 

@@ -8,7 +8,6 @@ token: a matrix product with a constant weight, and element-wise arithmetic with
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,8 @@ import onnx_ir as ir
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration.data import Feeds
 from secateur.graphops.model.attributes import integer, integers
+from secateur.graphops.model.constants import set_constant
+from secateur.graphops.model.names import matching
 from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes, constant_of, real_inputs
 
@@ -96,12 +97,7 @@ class Vocabulary:
         assert old is not None
         array = np.ascontiguousarray(np.take(old.numpy(), self.ids, axis))
         tensor = ir.Tensor(array, dtype=old.dtype, name=old.name)
-        producer = value.producer()
-        if producer is None:
-            value.const_value = tensor
-        else:
-            producer.attributes.clear()  # it may have been value_floats
-            producer.attributes["value"] = ir.AttrTensor("value", tensor)
+        set_constant(value, tensor)
         value.shape = tensor.shape
 
 
@@ -186,7 +182,7 @@ class _Tokens:
                 rows = constant_of(table) if user.op_type == "Gather" and index == 1 else None
                 if table is not None and rows is not None and not integer(user, "axis", 0):
                     names = [str(table.name), user.name or ""]
-                    if any(fnmatch.fnmatchcase(name, glob) for name in names for glob in ignore):
+                    if matching(ignore, names) is not None:
                         others.append(node_label(user))
                     else:
                         tables[str(table.name)] = int(rows.shape.numpy()[0])

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.flow import Contraction
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
 from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
@@ -192,14 +193,7 @@ class _Builder:
 
     def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
         tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
-        value = ir.Value(
-            name=tensor.name,
-            shape=tensor.shape,
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self._graph.register_initializer(value)
-        return value
+        return add_initializer(self._graph, tensor)
 
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:
         node = ir.Node(
