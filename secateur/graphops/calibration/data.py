@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
-from secateur.graphops.model.shapes import real_inputs
+from secateur.graphops.model.graph import real_inputs
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]

@@ -20,7 +20,7 @@ from secateur.graphops.calibration.data import (
     open_calibration,
     parts_of,
 )
-from secateur.graphops.model.shapes import real_inputs
+from secateur.graphops.model.graph import real_inputs
 
 Labels = dict[str, Array]
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, sample_count
 from secateur.graphops.calibration.network import Network
-from secateur.graphops.model.shapes import real_inputs
+from secateur.graphops.model.graph import real_inputs
 
 _SAMPLES = 64  # to try it on
 _LEAST_SIZE = 8  # of an axis: colours are no direction

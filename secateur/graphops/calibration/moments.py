@@ -18,8 +18,9 @@ import onnx_ir as ir
 
 from secateur.graphops import rules
 from secateur.graphops.calibration.network import Network
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.quantised import dequantiser, real_tensor
-from secateur.graphops.model.shapes import Shapes, constant_of
+from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.rules.linear import LinearMap
 
 Matrix = npt.NDArray[np.float64]

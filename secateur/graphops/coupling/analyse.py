@@ -14,9 +14,14 @@ from secateur.graphops.coupling import branches, units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
 from secateur.graphops.model.collecting import uncollected
+from secateur.graphops.model.graph import (
+    captured_by,
+    constants,
+    node_label,
+    walk,
+)
 from secateur.graphops.model.names import matching
-from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, bodies, captured_by, constant_tensor, walk
+from secateur.graphops.model.shapes import Shapes
 from secateur.recipe import Recipe
 
 # What a rule may raise on a node that breaks its operator's specification. The node is then
@@ -72,24 +77,6 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
     flow.freeze_answers()
     _ignore(flow, graph, recipe.ignore)
     return units.build(flow, tuple(macs), recipe.grouped)
-
-
-def constants(graph: ir.Graph) -> dict[str, ir.TensorProtocol]:
-    """Every tensor that holds weights: initializers and outputs of Constant nodes, by name,
-    those of subgraphs included."""
-    found = {}
-    owners = [graph]
-    for node in walk(graph):
-        owners.extend(bodies(node).values())
-        if node.op_type == "Constant" and node.domain == "":
-            tensor = constant_tensor(node)
-            if tensor is not None:
-                found[str(node.outputs[0].name)] = tensor
-    for owner in owners:
-        for name, value in owner.initializers.items():
-            if value.const_value is not None:
-                found[str(name)] = value.const_value
-    return found
 
 
 def _visit(flow: Flow, node: ir.Node) -> None:

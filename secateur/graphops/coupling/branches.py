@@ -24,8 +24,7 @@ import onnx_ir as ir
 from secateur.graphops import rules
 from secateur.graphops.coupling.flow import Flow, Join, Taken
 from secateur.graphops.coupling.void import Void
-from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import captured_by
+from secateur.graphops.model.graph import captured_by, node_label
 
 Gone = frozenset[int]  # labels
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, rows_along, thin
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.shapes import Array, Shape, Shapes
 
 Letter = Hashable

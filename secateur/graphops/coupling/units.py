@@ -18,7 +18,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Contraction, Flow, Join, Reason
 from secateur.graphops.coupling.grouping import components, decide, frozen_components
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, rows_along, thin
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.recipe import Grouped
 

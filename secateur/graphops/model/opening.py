@@ -20,6 +20,7 @@ from secateur.errors import Code, refuse
 from secateur.graphops.model import checking
 from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.names import free_name
 from secateur.result import WeightsFile
 
@@ -377,10 +378,3 @@ def _name_values_uniquely(graph: ir.Graph) -> None:
             if value.name and value.name in taken:
                 value.name = free_name(value.name, taken, "__")
             taken.add(value.name)
-
-
-def node_label(node: ir.Node) -> str:
-    """What people call a node: its name, or its first output's when it has none."""
-    if node.name:
-        return node.name
-    return next((value.name for value in node.outputs if value.name), None) or node.op_type

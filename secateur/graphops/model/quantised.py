@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import integer, operand
-from secateur.graphops.model.shapes import constant_of
+from secateur.graphops.model.graph import constant_of
 
 # Operator → inputs that hold integers, their scale (None: it is applied later) and zero point.
 _READERS: dict[str, tuple[int, int | None, int]] = {

@@ -12,7 +12,7 @@ operator's own inference function node by node. Symbolic inference by other libr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,15 @@ from secateur.errors import Code, refuse
 from secateur.graphops.model import arithmetic, contrib
 from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.collecting import uncollected
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import (
+    bodies,
+    body_inputs,
+    body_outputs,
+    constant_tensor,
+    live_branch,
+    node_label,
+    real_inputs,
+)
 
 Shape = tuple[int | None, ...]
 Array = npt.NDArray[Any]
@@ -134,11 +142,6 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
         inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
         return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
     raise AssertionError("the last attempt is not strict and cannot fail")
-
-
-def real_inputs(graph: ir.Graph) -> list[ir.Value]:
-    """Graph inputs that a caller feeds: not those that merely list an initializer (old IR)."""
-    return [value for value in graph.inputs if value.name not in graph.initializers]
 
 
 def _bindings(
@@ -604,106 +607,6 @@ def _serialise_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]
     return proto
 
 
-_CONTROL = ("If", "Loop", "Scan")
-
-
-def bodies(node: ir.Node) -> dict[str, ir.Graph]:
-    """The subgraphs of If, Loop and Scan by attribute; empty for any other node."""
-    if node.op_type not in _CONTROL or node.domain != "":
-        return {}
-    found = {}
-    for name, attribute in node.attributes.items():
-        if attribute.type == ir.AttributeType.GRAPH:
-            found[name] = attribute.as_graph()
-    return found
-
-
-def live_branch(node: ir.Node, condition: Array | None) -> ir.Graph | None:
-    """The branch of an If that is taken whatever the inputs are; None where that is not known."""
-    if node.op_type != "If" or condition is None or condition.size != 1:
-        return None
-    return bodies(node).get("then_branch" if condition.reshape(-1)[0] else "else_branch")
-
-
-def captured_by(node: ir.Node) -> list[ir.Value] | None:
-    """Values of the outer graph that the node's subgraphs read; None without subgraphs."""
-    graphs = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    if not graphs:
-        return None
-    found = []
-    for graph in graphs:
-        inside = set(graph.inputs) | set(graph.initializers.values())
-        for inner in graph.all_nodes():
-            inside.update(inner.outputs)
-        for inner in graph.all_nodes():
-            found += [v for v in inner.inputs if v is not None and v not in inside]
-        found += [v for v in graph.outputs if v not in inside]
-    return found
-
-
-def walk(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every node, those of bodies after the node they belong to (onnx_ir's own traversal looks
-    into every attribute of every node, which costs more than the labels of a graph)."""
-    for node in graph:
-        yield node
-        if node.op_type in _CONTROL:
-            for body in bodies(node).values():
-                yield from walk(body)
-
-
-def body_inputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value | None, bool]]:
-    """(body input, what feeds it from outside, whether slice by slice) of a subgraph.
-
-    Loop: iteration and condition (fed by none of the node's inputs), then what is carried.
-    Scan: carried states, then scanned inputs, each a slice along axis 0. If has no inputs.
-    """
-    if node.op_type == "Loop":
-        outer = [None, None, *node.inputs[2:]]
-        return [(inner, o, False) for inner, o in zip(body.inputs, outer, strict=False)]
-    if node.op_type == "Scan":
-        scanned = integer(node, "num_scan_inputs", 0)
-        states = len(body.inputs) - scanned
-        return [
-            (inner, o, index >= states)
-            for index, (inner, o) in enumerate(zip(body.inputs, node.inputs, strict=False))
-        ]
-    return []
-
-
-def body_outputs(node: ir.Node, body: ir.Graph) -> list[tuple[ir.Value, ir.Value, bool]]:
-    """(node output, body output, whether gathered turn by turn along a new axis 0)."""
-    if node.op_type == "If":
-        return [(o, inner, False) for o, inner in zip(node.outputs, body.outputs, strict=False)]
-    if node.op_type == "Loop":
-        carried = len(node.inputs) - 2
-        inners = list(body.outputs)[1:]
-    else:
-        carried = len(body.inputs) - integer(node, "num_scan_inputs", 0)
-        inners = list(body.outputs)
-    return [
-        (output, inner, index >= carried)
-        for index, (output, inner) in enumerate(zip(node.outputs, inners, strict=False))
-    ]
-
-
-def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor that a Constant node holds, whichever attribute holds it; None for others."""
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            tensor: ir.TensorProtocol = attribute.value  # as_tensor() checks a slow protocol
-            return tensor
-        if name in ("value_float", "value_floats"):
-            return ir.tensor(np.array(attribute.value, np.float32))
-        if name in ("value_int", "value_ints"):
-            return ir.tensor(np.array(attribute.value, np.int64))
-    return None
-
-
 def _contradicts(error: Exception) -> bool:
     """Whether inference failed because two sizes disagree, not for lack of knowledge."""
     return any(word in str(error).lower() for word in ("incompatible", "mismatch", "divisible"))
@@ -838,11 +741,3 @@ def _as_type(proto: onnx.TypeProto) -> _Type | None:
 
 def _is_complete(shape: Shape | None) -> bool:
     return shape is not None and None not in shape
-
-
-def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node's output, None for anything else."""
-    if value is None or value.const_value is not None:
-        return None if value is None else value.const_value
-    node = value.producer()
-    return constant_tensor(node) if node is not None and node.op_type == "Constant" else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur.graphops.calibration.moments import WIDEST
 from secateur.graphops.coupling.units import Coupling, UnitGroup
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.planning import ranks, removal
 from secateur.graphops.planning.removal import Offer
 from secateur.graphops.planning.sensitivity import Curve

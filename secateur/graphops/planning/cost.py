@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.coupling.units import Axis, Coupling
+from secateur.graphops.model.graph import constants
 
 Mask = npt.NDArray[np.bool_]
 
@@ -98,16 +99,12 @@ def elements_by_constant(coupling: Coupling) -> dict[str, int]:
 
 def count_params(model: ir.Model) -> int:
     """Elements of a model's constants that hold weights."""
-    from secateur.graphops.coupling.analyse import constants
-
     tensors = constants(model.graph).values()
     return sum(tensor.size for tensor in tensors if tensor.dtype not in _NO_PARAMETERS)
 
 
 def count_nonzero(model: ir.Model) -> int:
     """Those of them that are not zero."""
-    from secateur.graphops.coupling.analyse import constants
-
     tensors = constants(model.graph).values()
     return sum(
         int(np.count_nonzero(tensor.numpy()))

@@ -34,8 +34,8 @@ from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.attributes import integer
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.names import matching
-from secateur.graphops.model.opening import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.planning.hull import additive, lower_hull

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.regions.flowgraph import FlowGraph
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.regions.flowgraph import END, FlowGraph, Segment
 
 # A region spans at most so many smaller ones in a row (a decoder block is self-attention,

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.network import read_by
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.names import matching
-from secateur.graphops.model.opening import node_label
 
 END = -1  # the place behind all nodes, where every path ends
 

@@ -26,8 +26,7 @@ from secateur.graphops import rules
 from secateur.graphops.calibration.moments import linear_maps, weight_of
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import constant_of
+from secateur.graphops.model.graph import constant_of, node_label
 from secateur.graphops.repair.target import Target
 from secateur.graphops.rules.linear import LinearMap
 from secateur.graphops.rules.registry import Rule

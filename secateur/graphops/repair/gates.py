@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.calibration.moments import FITTED, WIDEST
-from secateur.graphops.model.shapes import constant_of
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.repair import fit
 from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.repair.fit import Fitted, Sums

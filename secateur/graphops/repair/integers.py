@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.quantised import Scaled, dequantiser, scaled_by
-from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.repair.constants import replace_constant
 
 Array = npt.NDArray[Any]

@@ -28,7 +28,7 @@ from secateur.graphops.calibration.data import Array, Feeds, sample_count
 from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, freeze, reverse
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
-from secateur.graphops.model.opening import node_label
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.planning import cost
 from secateur.graphops.repair.blocks import Block, blocks
 from secateur.graphops.repair.descent import Descending

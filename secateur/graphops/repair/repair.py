@@ -15,8 +15,8 @@ from secateur.graphops.calibration.moments import WIDEST, linear_maps, sample_pl
 from secateur.graphops.calibration.network import Network, Piece
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, constant_of
+from secateur.graphops.model.graph import constant_of, node_label
+from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.fit import Fitted, Sums
 from secateur.graphops.repair.gates import Gates, input_weight
 from secateur.graphops.repair.interval import Bounds, Intervals, loosen

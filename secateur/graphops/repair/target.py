@@ -23,8 +23,8 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.calibration.moments import numbers_of, outputs_of, tensor_of, weight_of
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.quantised import dequantiser
-from secateur.graphops.model.shapes import constant_of
 from secateur.graphops.repair import fit, integers
 from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.repair.fit import Fitted, Sums

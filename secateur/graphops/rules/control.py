@@ -12,7 +12,7 @@ import onnx_ir as ir
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
 from secateur.graphops.model.attributes import integers
-from secateur.graphops.model.shapes import bodies, body_inputs, body_outputs, live_branch
+from secateur.graphops.model.graph import bodies, body_inputs, body_outputs, live_branch
 from secateur.graphops.rules.registry import register
 
 

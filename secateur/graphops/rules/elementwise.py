@@ -17,7 +17,7 @@ from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import BARE, Block, Labels, single
 from secateur.graphops.model.attributes import KnowsValues, integer, operand, real
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.model.shapes import constant_of
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 

@@ -22,8 +22,8 @@ from secateur.graphops.calibration.moments import (
     width,
 )
 from secateur.graphops.calibration.network import Network
+from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.names import matching
-from secateur.graphops.model.opening import node_label
 from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.constants import replace_constant
 from secateur.graphops.rules.linear import LinearMap

@@ -14,8 +14,8 @@ from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.constants import set_constant
-from secateur.graphops.model.opening import node_label, release
-from secateur.graphops.model.shapes import bodies, constant_tensor, walk
+from secateur.graphops.model.graph import bodies, constant_tensor, node_label, walk
+from secateur.graphops.model.opening import release
 from secateur.graphops.rules.registry import Rewrite
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor

@@ -14,8 +14,9 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model import arithmetic
 from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.constants import add_initializer, set_constant
+from secateur.graphops.model.graph import real_inputs
 from secateur.graphops.model.names import free_name
-from secateur.graphops.model.shapes import Array, Shape, real_inputs
+from secateur.graphops.model.shapes import Array, Shape
 
 Mask = npt.NDArray[np.bool_]
 

@@ -19,9 +19,9 @@ from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration.data import Feeds
 from secateur.graphops.model.attributes import integer, integers
 from secateur.graphops.model.constants import set_constant
+from secateur.graphops.model.graph import constant_of, node_label, real_inputs
 from secateur.graphops.model.names import matching
-from secateur.graphops.model.opening import node_label
-from secateur.graphops.model.shapes import Shapes, constant_of, real_inputs
+from secateur.graphops.model.shapes import Shapes
 
 # Operators through which an id stays an id, and logits stay logits.
 _PASSES = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})

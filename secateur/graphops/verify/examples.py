@@ -11,7 +11,8 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Feeds
 from secateur.graphops.model.attributes import integer
-from secateur.graphops.model.shapes import Shapes, real_inputs
+from secateur.graphops.model.graph import real_inputs
+from secateur.graphops.model.shapes import Shapes
 
 _MAX_INPUT = 1 << 27  # numbers; what a damaged file asks for can be any size
 
