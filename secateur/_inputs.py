@@ -140,7 +140,8 @@ def _model_file(path: pathlib.Path) -> Source:
         return _file(path)
     except OSError as error:
         text = f"{path} cannot be read: {error.strerror or error}"
-        raise refuse(Code.INVALID_MODEL, text) from None
+        hint = "Check the path, and that the file may be read."
+        raise refuse(Code.INVALID_MODEL, text, hint=hint) from None
 
 
 def _external_files(path: pathlib.Path) -> list[tuple[str, Source]]:

@@ -98,7 +98,11 @@ class Plan(BaseModel):
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise refuse(Code.INVALID_PLAN, f"not a plan: {where}: {first['msg']}") from None
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"not a plan: {where}: {first['msg']}",
+                hint="Give a file that --save-plan wrote.",
+            ) from None
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Plan:
@@ -106,5 +110,9 @@ class Plan(BaseModel):
         try:
             text = pathlib.Path(path).read_bytes()
         except OSError as error:
-            raise refuse(Code.INVALID_PLAN, f"plan {path} cannot be read: {error}") from None
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"plan {path} cannot be read: {error}",
+                hint="Check the path, and that the file may be read.",
+            ) from None
         return cls.from_json(text)

@@ -399,9 +399,10 @@ def _plain_names(names: list[str], kind: str, code: Code) -> list[str]:
                 f"the name of {kind} file {name[:_MAX_NAME]!r} must have no folders",
                 expected=f"a name of at most {_MAX_NAME} bytes",
                 found=name[:_MAX_NAME],
+                hint="Give the name alone; the server keeps the files of a request side by side.",
             )
     if len(set(names)) != len(names):
-        raise refuse(code, f"two {kind} files have the same name")
+        raise refuse(code, f"two {kind} files have the same name", hint="Rename one.")
     return names
 
 

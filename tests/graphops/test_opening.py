@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import pathlib
 import tempfile
@@ -471,3 +472,16 @@ def test_a_length_that_is_not_the_tensors(outside: Outside) -> None:
         prune(path)
     codes = (Code.MISSING_EXTERNAL_DATA, Code.INVALID_MODEL, Code.MODEL_DOES_NOT_RUN)
     assert caught.value.refusal.code in codes
+
+
+def test_refusals_of_models_and_plans_say_what_to_do() -> None:
+    silent = []
+    for path in pathlib.Path(secateur.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != "refuse":
+                continue
+            code = ast.unparse(call.args[0])
+            named = {keyword.arg for keyword in call.keywords}
+            if code in ("Code.INVALID_MODEL", "Code.INVALID_PLAN") and "hint" not in named:
+                silent.append(f"{path}:{call.lineno}")
+    assert not silent

@@ -21,6 +21,8 @@ _MAX_CALLS = 100  # functions inside one another
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _PAIRS = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)  # two numbers for each element
 
+AGAIN = "Export the model again; onnx.checker.check_model may say more."
+
 
 def check_parts(proto: onnx.ModelProto) -> None:
     """Checks every tensor, attribute and name of a model, subgraphs and functions included.
@@ -59,6 +61,7 @@ def count_nodes(proto: onnx.ModelProto) -> int:
                     f"function {node.op_type!r} calls itself, or calls nest too deep",
                     nodes=(node.name or node.op_type,),
                     expected=f"at most {_MAX_CALLS} calls inside one another",
+                    hint="Export the model without local functions.",
                 )
             if key in functions and key not in counted:
                 counted[key] = count(functions[key].node, inside | {key})
@@ -142,6 +145,7 @@ def _check_nodes(
                     nodes=(node.name or node.output[0],),
                     expected="letters, dots, commas and an arrow",
                     found=repr(attribute.s),
+                    hint=AGAIN,
                 )
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 own = _names(graph)
@@ -172,6 +176,7 @@ def _check_body(
                 nodes=(label,),
                 expected="a value of the body or of the graphs around it",
                 found=name,
+                hint=AGAIN,
             )
 
 
@@ -184,6 +189,7 @@ def _check_text(names: Iterable[str | bytes]) -> None:
                 f"a name or a text is not UTF-8: {name!r}",
                 expected="text",
                 found=name.hex(),
+                hint="Save the model again with its names in UTF-8.",
             )
 
 
@@ -200,6 +206,7 @@ def _check_arity(node: onnx.NodeProto, version: int, domain: str) -> None:
             nodes=(label,),
             expected=f"{needed} inputs and {outputs} outputs, none left out",
             found=f"inputs {list(node.input)}, outputs {list(node.output)}",
+            hint="Give the node what its operator asks for at the opset that the model imports.",
         )
 
 
@@ -254,6 +261,7 @@ def _wrong_kind(node: onnx.NodeProto, attribute: onnx.AttributeProto, expected: 
         nodes=(label,),
         expected=names.Name(expected),
         found=names.Name(kind) if kind in names.values() else kind,
+        hint=AGAIN,
     )
 
 
@@ -318,4 +326,5 @@ def _damaged(tensor: onnx.TensorProto, what: str, expected: object, found: objec
         nodes=(tensor.name,),
         expected=expected,
         found=found,
+        hint=AGAIN,
     )

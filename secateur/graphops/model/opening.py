@@ -75,7 +75,9 @@ def open_model(
             serialised = path.read_bytes()
         except OSError as error:
             raise refuse(
-                Code.INVALID_MODEL, f"{path} cannot be read: {error.strerror or error}"
+                Code.INVALID_MODEL,
+                f"{path} cannot be read: {error.strerror or error}",
+                hint="Check the path, and that the file may be read.",
             ) from None
     elif isinstance(source, bytes | bytearray | memoryview):
         serialised = bytes(source)
@@ -142,7 +144,13 @@ def _as_proto(source: ModelSource) -> onnx.ModelProto:
 def _parse(serialised: bytes) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     if not serialised:
-        raise refuse(Code.INVALID_MODEL, "the model is empty", expected="an ONNX file", found="0 B")
+        raise refuse(
+            Code.INVALID_MODEL,
+            "the model is empty",
+            expected="an ONNX file",
+            found="0 B",
+            hint="Check that the file arrived whole.",
+        )
     try:
         proto.ParseFromString(serialised)
     except (google.protobuf.message.DecodeError, RecursionError) as error:
@@ -158,13 +166,14 @@ def _parse(serialised: bytes) -> onnx.ModelProto:
             "the file parses but holds no graph with nodes and outputs",
             expected="at least one node and one output",
             found=f"{len(proto.graph.node)} nodes, {len(proto.graph.output)} outputs",
+            hint="Give the model itself, not its external data or a file of tensors.",
         )
     return proto
 
 
 def _check_versions(proto: onnx.ModelProto) -> None:
     if not proto.opset_import:
-        raise refuse(Code.INVALID_MODEL, "the model imports no operator set")
+        raise refuse(Code.INVALID_MODEL, "the model imports no operator set", hint=checking.AGAIN)
     if proto.ir_version > onnx.IR_VERSION:
         raise refuse(
             Code.UNSUPPORTED_VERSION,
@@ -243,6 +252,7 @@ def _check_reference(
             Code.INVALID_MODEL,
             f"tensor {name!r} has an offset or length that is no number",
             nodes=(name,),
+            hint="Save the model again with onnx.save_model(…, save_as_external_data=True).",
         ) from None
     if offset < 0 or length < 0 or size < offset + length:
         raise refuse(
@@ -269,6 +279,7 @@ def _densify(graph: onnx.GraphProto) -> None:
                 nodes=(sparse.values.name,),
                 expected=f"at most {_MAX_DENSE} bytes",
                 found=list(shape),
+                hint="Store it as a dense initializer.",
             )
         try:
             dense = np.zeros(shape, values.dtype)
@@ -281,6 +292,7 @@ def _densify(graph: onnx.GraphProto) -> None:
                 Code.INVALID_MODEL,
                 f"sparse initializer {sparse.values.name!r}: {error}",
                 nodes=(sparse.values.name,),
+                hint="Store it as a dense initializer.",
             ) from None
         graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
     del graph.sparse_initializer[:]
@@ -298,7 +310,9 @@ def _deserialise(proto: onnx.ModelProto) -> ir.Model:
         if not all(_is_sorted(graph) for graph in model.graphs()):
             model.graph.sort()
     except Exception as error:  # hostile files reach every corner of a deserialiser
-        raise refuse(Code.INVALID_MODEL, f"the graph cannot be read: {error}") from None
+        raise refuse(
+            Code.INVALID_MODEL, f"the graph cannot be read: {error}", hint=checking.AGAIN
+        ) from None
     _check_names(model.graph)
     _name_nodes_uniquely(model.graph)
     _name_values_uniquely(model.graph)
@@ -320,7 +334,9 @@ def _check_names(graph: ir.Graph) -> None:
     defined: set[str] = set()
     for value in (*graph.inputs, *graph.initializers.values()):
         if not value.name:
-            raise refuse(Code.INVALID_MODEL, "a graph input or initializer has no name")
+            raise refuse(
+                Code.INVALID_MODEL, "a graph input or initializer has no name", hint=checking.AGAIN
+            )
         defined.add(value.name)
     for initializer in graph.initializers.values():
         if initializer.const_value is None:
@@ -328,6 +344,7 @@ def _check_names(graph: ir.Graph) -> None:
                 Code.INVALID_MODEL,
                 f"initializer {initializer.name!r} holds no data",
                 nodes=(str(initializer.name),),
+                hint=checking.AGAIN,
             )
     for node in graph:
         for read in node.inputs:
@@ -336,6 +353,7 @@ def _check_names(graph: ir.Graph) -> None:
                     Code.INVALID_MODEL,
                     f"node {node_label(node)!r} reads {read.name!r}, which nothing defines",
                     nodes=(node_label(node),),
+                    hint=checking.AGAIN,
                 )
         for value in node.outputs:
             if value.name and value.name in defined:
@@ -343,6 +361,7 @@ def _check_names(graph: ir.Graph) -> None:
                     Code.INVALID_MODEL,
                     f"{value.name!r} is defined twice",
                     nodes=(node_label(node),),
+                    hint="Give each value a name of its own.",
                 )
             defined.add(value.name or "")
     for value in graph.outputs:
@@ -351,6 +370,7 @@ def _check_names(graph: ir.Graph) -> None:
                 Code.INVALID_MODEL,
                 f"graph output {value.name!r} is produced by no node",
                 nodes=(str(value.name),),
+                hint=checking.AGAIN,
             )
 
 

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops.model import arithmetic, contrib
 from secateur.graphops.model.attributes import integer
+from secateur.graphops.model.checking import AGAIN
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.graph import (
     bodies,
@@ -138,6 +139,7 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
                 nodes=(skeleton.impossible,),
                 expected="a kernel no wider than what it slides over",
                 found="one that is wider",
+                hint="Give the model a larger input, or pad it before the node.",
             )
         inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
         return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
@@ -603,6 +605,7 @@ def _serialise_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]
             Code.INVALID_MODEL,
             f"node {str(node_label(node))!r} is damaged: {error.__cause__ or error}",
             nodes=(str(node_label(node)),),
+            hint=AGAIN,
         ) from None
     return proto
 

@@ -14,6 +14,8 @@ from secateur.graphops.planning.removal import Offer
 from secateur.graphops.regions.find import Region
 from secateur.plan import Plan
 
+_ANEW = "`secateur inspect` lists what can go; --save-plan makes a plan of it."
+
 
 def units_kept(
     plan: Plan, coupling: Coupling, copies: Mapping[str, str], sha256: str
@@ -42,6 +44,7 @@ def units_kept(
                 nodes=(entry.tensor,),
                 expected=source,
                 found=entry.source,
+                hint="Name the source as --save-plan does: of a copy, the constant that it copies.",
             )
         for axis, indices in entry.axes.items():
             units = coupling.axes(entry.tensor).get(axis)
@@ -52,6 +55,7 @@ def units_kept(
                     nodes=(entry.tensor,),
                     expected="a tensor and axis of `secateur inspect`, indices inside it",
                     found=f"{len(indices)} indices",
+                    hint=_ANEW,
                 )
             mask = np.zeros(units.size, np.bool_)
             mask[list(indices)] = True
@@ -85,12 +89,14 @@ def regions_removed(plan: Plan, offer: Offer, sha256: str) -> tuple[Region, ...]
                 nodes=(entry.entry, entry.exit),
                 expected="a region of `secateur inspect`, with the nodes that go with it",
                 found="no such region" if one is None else f"{len(one.nodes)} nodes",
+                hint=_ANEW,
             )
         if any(not one.nodes.isdisjoint(other.nodes) for other in found):
             raise refuse(
                 Code.INVALID_PLAN,
                 f"the region that ends at {entry.exit!r} overlaps another that the plan removes",
                 nodes=(entry.exit,),
+                hint="Leave one of the two out of the plan.",
             )
         found.append(one)
     return tuple(found)
@@ -120,6 +126,7 @@ def products_factored(plan: Plan, offered: Sequence[Candidate], sha256: str) -> 
                 if entry.output in most
                 else "a MatMul, Gemm or 1x1 Conv whose weight no other node reads",
                 found=f"rank {entry.rank}",
+                hint="Leave the product out of the plan, or give it a rank that saves something.",
             )
     return {entry.output: entry.rank for entry in plan.factored}
 
@@ -131,6 +138,7 @@ def _check_source(plan: Plan, sha256: str) -> None:
             "the plan was made for another model",
             expected=f"SHA-256 {plan.source}",
             found=sha256,
+            hint="Replay it on that model, or make a plan of this one with --save-plan.",
         )
 
 
@@ -141,7 +149,7 @@ def _check_consistent(
     copies: Mapping[str, str],
 ) -> None:
     if not keep[0]:
-        raise refuse(Code.INVALID_PLAN, "the plan cuts positions that cannot be cut")
+        raise refuse(Code.INVALID_PLAN, "the plan cuts positions that cannot be cut", hint=_ANEW)
     for name in coupling.constants:
         if coupling.gone(name, keep):
             continue
@@ -156,8 +164,12 @@ def _check_consistent(
                     nodes=(name,),
                     expected=f"{int(mask.sum())} kept of {mask.size}",
                     found="all" if said is None else str(int(said.sum())),
+                    hint="Cut it as the other tensors of its group in `secateur inspect --json`.",
                 )
             if not mask.any():
                 raise refuse(
-                    Code.INVALID_PLAN, f"the plan leaves nothing of axis {axis} of {name!r}"
+                    Code.INVALID_PLAN,
+                    f"the plan leaves nothing of axis {axis} of {name!r}",
+                    nodes=(name,),
+                    hint="Keep at least one position.",
                 )

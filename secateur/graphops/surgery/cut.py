@@ -104,6 +104,7 @@ def _rewrite(rewrite: Rewrite, surgeon: Surgeon, node: ir.Node) -> None:
             Code.INVALID_MODEL,
             f"node {node_label(node)!r} is not as {node.op_type} is defined: {error}",
             nodes=(node_label(node),),
+            hint="Write the node as its operator is defined, or keep its channels with --ignore.",
         ) from error
 
 
