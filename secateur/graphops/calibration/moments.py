@@ -179,7 +179,7 @@ def collect(
     network: Network,
     views: Sequence[LinearMap],
     seed: int,
-    progress: Callable[[float], None] = lambda share: None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Moments]:
     """Moments of x of each node, by the name of its output; of those that read the same, once.
 
@@ -187,7 +187,7 @@ def collect(
         network: standing at its beginning.
         views: of nodes no wider than `WIDEST`.
         seed: of the positions.
-        progress: told the share that is done.
+        tell: told the share that is done.
     """
     found: dict[str, Moments] = {}
     shared: dict[object, Moments] = {}
@@ -196,7 +196,7 @@ def collect(
         if key not in shared:
             shared[key] = _of_one(network, view, seed + place)
         found[str(view.node.outputs[0].name)] = shared[key]
-        progress((place + 1) / len(views))
+        tell((place + 1) / len(views))
     return found
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops import rules
-from secateur.graphops.coupling.flow import Flow, Join, Taken
+from secateur.graphops.coupling.flow import BranchEnd, Flow, Taken
 from secateur.graphops.coupling.void import Void
 from secateur.graphops.model.graph import captured_by, node_label
 
@@ -35,13 +35,13 @@ def follow(flow: Flow) -> None:
     Cost is linear in nodes, and nothing where no position is taken out by itself.
 
     Args:
-        flow: all nodes visited. Gets `parts` and `routed`, and the joins and contractions that
-            come of it.
+        flow: all nodes visited. Gets `parts` and `routed`, and the branch ends and contractions
+            that come of it.
     """
     if flow.taken:
         _Walk(flow).run()
-    if flow.joins:
-        flow.parts = _parts(flow.joins, flow.graph)
+    if flow.branch_ends:
+        flow.parts = _parts(flow.branch_ends, flow.graph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class _Walk:
         self._flow = flow
         self._taken = {str(one.output.name): one for one in flow.taken}
         self._hangs: dict[str, _Hangs] = {}
-        self._joins: list[Join] = []
+        self._ends: list[BranchEnd] = []
         self._stuck: dict[int, ir.Node] = {}
         self._same: dict[int, int] = {}  # labels that go together → one of them
         self._static = set(flow.constants)  # and what is computed from nothing else
@@ -94,10 +94,10 @@ class _Walk:
                 flow.freeze(np.array([one.label], np.int32), one.node, "INDEXED", detail)
             elif one.axis is not None:
                 flow.contract(one.node, 0, one.axis)
-        for join in self._joins:
-            labels = self._all(join.labels)
+        for end in self._ends:
+            labels = self._all(end.labels)
             if not labels & stuck.keys():
-                flow.joins.append(replace(join, labels=labels))
+                flow.branch_ends.append(replace(end, labels=labels))
 
     def _visit(self, node: ir.Node) -> None:
         for value in captured_by(node) or ():
@@ -125,11 +125,11 @@ class _Walk:
             for one in found.values()
         }
         ends = [
-            Join(node, gone, left=node.inputs.index(left))
+            BranchEnd(node, gone, left=node.inputs.index(left))
             for gone, left in outcomes.items()
             if not isinstance(left, Void)
         ]
-        self._joins += ends
+        self._ends += ends
         if len(ends) == len(outcomes) == 1:
             return
         gone: Gone = frozenset(label for one in outcomes for label in one)
@@ -186,9 +186,9 @@ class _Walk:
             self._stuck.setdefault(label, one.since or node)
 
 
-def _parts(joins: Sequence[Join], graph: ir.Graph) -> dict[str, Gone]:
+def _parts(branch_ends: Sequence[BranchEnd], graph: ir.Graph) -> dict[str, Gone]:
     """Names of constants, and labels of nodes → the labels with all of which they go."""
-    ends = {(join.node, index): join.labels for join in joins for index in join.ends}
+    ends = {(end.node, index): end.labels for end in branch_ends for index in end.ends}
     hangs: dict[ir.Node, Gone] = {}
 
     def gone(values: Sequence[ir.Value]) -> Gone:

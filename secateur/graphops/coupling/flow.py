@@ -115,7 +115,7 @@ class Taken:
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class BranchEnd:
     """Where a branch ends that goes with labels, all of them together.
 
     Attributes:
@@ -173,7 +173,7 @@ class Flow:
     pointers: dict[str, Pointer] = field(default_factory=dict)
     taken: list[Taken] = field(default_factory=list)
     beside: dict[str, tuple[ir.Node, int]] = field(default_factory=dict)
-    joins: list[Join] = field(default_factory=list)
+    branch_ends: list[BranchEnd] = field(default_factory=list)
     parts: dict[str, frozenset[int]] = field(default_factory=dict)
     routed: set[str] = field(default_factory=set)
     visit: Callable[[ir.Node], None] = field(default=lambda node: None)
@@ -457,7 +457,7 @@ class Flow:
             self.keep(labels)
             self.set(value, (*self.blocks(value), Block((axis,), labels)))
             for place, label in enumerate(labels.tolist()):
-                self.joins.append(Join(made, frozenset([label]), without=place))
+                self.branch_ends.append(BranchEnd(made, frozenset([label]), without=place))
 
     # -- integers that name positions ----------------------------------------------------------
 

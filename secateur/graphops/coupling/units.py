@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Contraction, Flow, Join, Reason
+from secateur.graphops.coupling.flow import BranchEnd, Contraction, Flow, Reason
 from secateur.graphops.coupling.grouping import components, decide, frozen_components
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, rows_along, thin
 from secateur.graphops.model.graph import node_label
@@ -78,7 +78,7 @@ class Coupling:
         segments: sets of units, and how many positions of each must stay.
         contractions: operand axes that nodes sum over.
         macs: cost of the nodes that multiply and accumulate.
-        joins: where branches end that go with units.
+        branch_ends: where branches end that go with units.
         parts: what such branches hold: names of constants and labels of nodes → the units with
             all of which they go.
         routed: labels of nodes that work on what chose their branch, and would choose another.
@@ -93,7 +93,7 @@ class Coupling:
     segments: tuple[tuple[Units, int], ...]
     contractions: tuple[Contraction, ...]
     macs: tuple[MacTerm, ...]
-    joins: tuple[Join, ...]
+    branch_ends: tuple[BranchEnd, ...]
     parts: Mapping[str, Units]
     routed: Set[str]
     numbers: Mapping[str, Units]
@@ -208,7 +208,7 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
         segments=tuple((unit_of[s.labels].reshape(-1), s.least) for s in flow.segments),
         contractions=tuple(flow.contractions),
         macs=macs,
-        joins=_joins(flow, unit_of),
+        branch_ends=_branch_ends(flow, unit_of),
         parts={name: units for name, units in parts.items() if units[0] != FIXED},
         routed=flow.routed,
         numbers={name: unit_of[one.labels] for name, one in flow.pointers.items()},
@@ -217,13 +217,13 @@ def build(flow: Flow, macs: tuple[MacTerm, ...], grouped: Grouped = "auto") -> C
     )
 
 
-def _joins(flow: Flow, unit_of: Units) -> tuple[Join, ...]:
+def _branch_ends(flow: Flow, unit_of: Units) -> tuple[BranchEnd, ...]:
     """Those whose labels may all go, said in units."""
     found = []
-    for join in flow.joins:
-        units = frozenset(unit_of[list(join.labels)].tolist())
+    for end in flow.branch_ends:
+        units = frozenset(unit_of[list(end.labels)].tolist())
         if FIXED not in units:
-            found.append(replace(join, labels=units))
+            found.append(replace(end, labels=units))
     return tuple(found)
 
 

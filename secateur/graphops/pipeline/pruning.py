@@ -416,7 +416,7 @@ def _collect(size: int) -> None:
 
 
 def _stage_drift(
-    done: _Done, samples: checks.Samples, verification: Verification
+    done: _Done, samples: checks.Answered, verification: Verification
 ) -> tuple[StageDrift, ...]:
     """Drift before quantisation and after it; nothing where there was none."""
     if done.unquantised is None:

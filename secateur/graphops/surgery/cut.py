@@ -40,7 +40,7 @@ def cut(
         the new model, and what was kept of each changed constant.
     """
     result, before = model.clone(), unread(model.graph)
-    if coupling.joins:
+    if coupling.branch_ends:
         _end_branches(result.graph, coupling, keep)
         drop_unread(result.graph, before, listed=True)
     surgeon = Surgeon(result, coupling, keep)
@@ -64,16 +64,16 @@ def cut(
 
 def _end_branches(graph: ir.Graph, coupling: Coupling, keep: Mask) -> None:
     """Joins do without the branches that go."""
-    ends = [join for join in coupling.joins if not keep[list(join.labels)].any()]
-    names = {str(join.node.outputs[0].name) for join in ends}
+    ends = [end for end in coupling.branch_ends if not keep[list(end.labels)].any()]
+    names = {str(end.node.outputs[0].name) for end in ends}
     nodes = {name: n for n in graph if n.outputs and (name := str(n.outputs[0].name)) in names}
     dropped: dict[str, set[int]] = {}
-    for join in ends:  # in the order of the graph: the next join reads what this one leaves
-        name = str(join.node.outputs[0].name)
-        if join.left is not None:
-            _pass_on(nodes[name], join.left)
-        elif join.without is not None:
-            dropped.setdefault(name, set()).add(join.without)
+    for end in ends:  # in the order of the graph: the next join reads what this one leaves
+        name = str(end.node.outputs[0].name)
+        if end.left is not None:
+            _pass_on(nodes[name], end.left)
+        elif end.without is not None:
+            dropped.setdefault(name, set()).add(end.without)
     for name, indices in dropped.items():
         node = nodes[name]
         stay = [value for index, value in enumerate(node.inputs) if index not in indices]

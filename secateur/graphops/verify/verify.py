@@ -21,7 +21,7 @@ Outputs = list[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class Answered:
     """Inputs and what the original answered.
 
     Attributes:
@@ -39,7 +39,7 @@ class Samples:
     from_calibration: bool
 
 
-def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool) -> Samples:
+def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool) -> Answered:
     """Runs the original, the ground that the result is compared with.
 
     Raises:
@@ -51,10 +51,10 @@ def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: b
     except Exception as error:
         raise does_not_run(error, feeds[0] if feeds else {}) from None
     names = tuple(output.name for output in session.get_outputs())
-    return Samples(tuple(feeds), outputs, names, signature(session), from_calibration)
+    return Answered(tuple(feeds), outputs, names, signature(session), from_calibration)
 
 
-def without_tokens(samples: Samples, vocabulary: Vocabulary) -> Samples:
+def without_tokens(samples: Answered, vocabulary: Vocabulary) -> Answered:
     """The same for a model that knows fewer tokens: its feeds, and answers for what it knows."""
     kept = [name in vocabulary.outputs for name in samples.names]
     sizes = dict.fromkeys(vocabulary.outputs, vocabulary.ids.size)
@@ -75,7 +75,7 @@ def without_tokens(samples: Samples, vocabulary: Vocabulary) -> Samples:
     )
 
 
-def verify(model: bytes | str, samples: Samples, held_back: bool = False) -> Verification:
+def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Verification:
     """Runs the result on the same inputs.
 
     Args:
