@@ -505,7 +505,7 @@ def examine(content: bytes, prune: bool) -> str:
     """
     import secateur
     from secateur import graphops
-    from secateur.graphops.verify import runtime
+    from secateur.graphops.model import runtime
 
     runtime.RUN_SECONDS = LIMIT_SECONDS / 4  # a loop that counts to 2**62 is given up sooner here
     try:

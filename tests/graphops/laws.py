@@ -24,12 +24,12 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify.examples import example_feeds
 from secateur.graphops.verify.law import check_law
-from secateur.graphops.verify.runtime import open_session
 from secateur.plan import Plan
 
 Array = npt.NDArray[Any]

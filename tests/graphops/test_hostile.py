@@ -20,9 +20,9 @@ from onnx import AttributeProto, TensorProto, helper
 import secateur
 from secateur import graphops
 from secateur.errors import Code
+from secateur.graphops.model import runtime
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.quantised import scaled_constants
-from secateur.graphops.verify import runtime
 
 FUZZ = pathlib.Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
 

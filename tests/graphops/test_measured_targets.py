@@ -13,11 +13,11 @@ from nets import Net
 import secateur
 import secateur.graphops
 from secateur.errors import Code, Refused
+from secateur.graphops.model import runtime
 from secateur.graphops.pipeline import trial
 from secateur.graphops.pipeline.trial import Trial
 from secateur.graphops.planning.steps import Mask
 from secateur.graphops.profile import measure
-from secateur.graphops.verify import runtime
 from secateur.report import Latency
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"

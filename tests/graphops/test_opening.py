@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 import secateur
 from secateur.errors import Code, Refusal, Refused
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.verify.law import check_law
-from secateur.graphops.verify.runtime import open_session
 from secateur.result import WeightsFile
 
 

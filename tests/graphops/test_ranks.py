@@ -15,9 +15,9 @@ import secateur.graphops
 from secateur.errors import Code, Refused
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import ranks
-from secateur.graphops.verify.runtime import open_session
 from secateur.plan import FactoredProduct, Plan
 
 WIDTH = 32

@@ -14,13 +14,13 @@ from secateur.errors import Code, Refused
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import division, removal
 from secateur.graphops.regions.find import find
 from secateur.graphops.regions.flowgraph import FlowGraph
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.law import check_law
-from secateur.graphops.verify.runtime import open_session
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Region

@@ -11,8 +11,8 @@ from nets import INT64, Net
 
 from secateur.graphops.model import arithmetic
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes, infer_shapes
-from secateur.graphops.verify.runtime import open_session
 
 
 def shapes_of(net: Net) -> Shapes:

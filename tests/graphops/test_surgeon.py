@@ -12,7 +12,7 @@ from nets import Net
 from onnx import TensorProto, numpy_helper
 
 import secateur
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.model.runtime import open_session
 
 
 def operators(result: secateur.Result) -> Counter[str]:

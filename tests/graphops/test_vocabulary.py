@@ -13,7 +13,7 @@ from onnx import numpy_helper
 import secateur
 import secateur.graphops
 from secateur.errors import Code, Refused
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.model.runtime import open_session
 
 ROWS, WIDTH = 40, 12
 KEPT = (7, 0, 39, 12, 3, 25)

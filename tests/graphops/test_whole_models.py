@@ -18,8 +18,8 @@ from nets import BOOL, INT64, Net, attention
 from onnx import TensorProto, helper, numpy_helper
 
 import secateur
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.verify.law import check_law
-from secateur.graphops.verify.runtime import open_session
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 ZOO = pathlib.Path(__file__).parents[3] / "shared" / "zoo"

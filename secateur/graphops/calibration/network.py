@@ -20,7 +20,7 @@ from secateur.graphops.calibration.data import Array, Feeds
 from secateur.graphops.model.graph import captured_by
 from secateur.graphops.model.opening import release
 from secateur.graphops.model.quantised import dequantiser
-from secateur.graphops.verify.runtime import does_not_run, open_session
+from secateur.graphops.model.runtime import does_not_run, open_session
 
 HOLD = 512 << 20  # bytes of values held between nodes
 

@@ -21,7 +21,7 @@ from secateur.graphops.calibration import Array, Feeds
 from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, freeze, reverse
 from secateur.graphops.criteria.context import Context
 from secateur.graphops.model.opening import self_contained
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.model.runtime import open_session
 
 SAMPLES = 64  # at most; each costs several forward passes
 _GATE = "secateur_gate_"

@@ -13,7 +13,7 @@ from onnx import helper
 from secateur.graphops.calibration import sample_count
 from secateur.graphops.criteria.context import Context, Part
 from secateur.graphops.model.opening import self_contained
-from secateur.graphops.verify.runtime import open_session
+from secateur.graphops.model.runtime import open_session
 
 # Nodes that compute, from the name of a float32 tensor, another of the same shape.
 Statistic = Callable[[str, str], Sequence[onnx.NodeProto]]

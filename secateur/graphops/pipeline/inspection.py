@@ -8,6 +8,7 @@ import numpy as np
 
 from secateur.graphops.calibration import CalibrationSource, open_calibration
 from secateur.graphops.model.opening import ModelSource, open_model
+from secateur.graphops.model.runtime import one_blas_thread
 from secateur.graphops.pipeline.analysed import analyse
 from secateur.graphops.pipeline.choosing import decide, offer_of
 from secateur.graphops.pipeline.clock import Clock
@@ -18,7 +19,6 @@ from secateur.graphops.pipeline.records import (
     sensitivity_records,
 )
 from secateur.graphops.planning.sensitivity import Curve
-from secateur.graphops.verify.runtime import one_blas_thread
 from secateur.recipe import UNITS, Recipe
 from secateur.report import Cost, Inspection
 

@@ -10,13 +10,13 @@ import onnxruntime as ort
 
 from secateur.graphops.calibration import Feeds
 from secateur.graphops.model.opening import ModelSource, open_model
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.pipeline.analysed import Analysed, Opener, analyse, one_sample, runnable
 from secateur.graphops.pipeline.records import with_zeros
 from secateur.graphops.planning import cost
 from secateur.graphops.profile import measure
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.examples import example_feeds
-from secateur.graphops.verify.runtime import open_session
 from secateur.recipe import Recipe
 from secateur.report import Cost, Latency, Profile
 

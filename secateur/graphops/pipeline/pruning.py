@@ -19,6 +19,7 @@ from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.aside import LARGE, model_beside
 from secateur.graphops.model.opening import ModelSource, OpenedModel, open_model
+from secateur.graphops.model.runtime import one_blas_thread, open_session
 from secateur.graphops.model.writing import Serialised, serialise
 from secateur.graphops.pipeline.analysed import (
     Analysed,
@@ -54,7 +55,6 @@ from secateur.graphops.surgery.cut import cut
 from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify import verify as checks
 from secateur.graphops.verify.accuracy import Scored
-from secateur.graphops.verify.runtime import one_blas_thread, open_session
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import (

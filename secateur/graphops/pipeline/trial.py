@@ -10,6 +10,7 @@ import onnxruntime as ort
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Feeds, Samples
 from secateur.graphops.model.aside import LARGE
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.writing import Serialised, serialise
 from secateur.graphops.pipeline.analysed import Analysed, examples, one_sample
 from secateur.graphops.planning.steps import Mask
@@ -20,7 +21,6 @@ from secateur.graphops.repair.repair import make_room
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery.cut import cut
-from secateur.graphops.verify.runtime import open_session
 from secateur.recipe import Recipe
 
 _SECONDS = 0.6  # of timing a choice: twice of it differ by one or two in a hundred

@@ -29,11 +29,11 @@ from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, free
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.model.graph import node_label
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.planning import cost
 from secateur.graphops.repair.blocks import Block, blocks
 from secateur.graphops.repair.descent import Descending
 from secateur.graphops.repair.repair import EXACT, Mask, kept_positions, repairable
-from secateur.graphops.verify.runtime import open_session
 from secateur.report import RepairStep
 
 _WORK = 4e11  # multiply-accumulates of all steps: a quarter of a minute on two cores

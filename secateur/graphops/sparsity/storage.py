@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 
 from secateur.errors import Code, refuse
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.writing import Serialised
-from secateur.graphops.verify.runtime import open_session
 from secateur.report import SparseWeight
 
 _INDEX = 8  # bytes: the specification wants int64

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration.labelled import Labelled
-from secateur.graphops.verify.runtime import does_not_run, open_session
+from secateur.graphops.model.runtime import does_not_run, open_session
 from secateur.report import Accuracy
 
 Array = npt.NDArray[Any]

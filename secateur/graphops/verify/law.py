@@ -28,11 +28,11 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
+from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
-from secateur.graphops.verify.runtime import open_session
 from secateur.result import Result
 
 _WHERE_SINCE = 9  # the first opset with Where

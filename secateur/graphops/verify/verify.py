@@ -13,8 +13,8 @@ import scipy.special
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Feeds, sample_count
+from secateur.graphops.model.runtime import does_not_run, first_line, open_session
 from secateur.graphops.surgery.vocabulary import Vocabulary
-from secateur.graphops.verify.runtime import does_not_run, first_line, open_session
 from secateur.report import Drift, Verification
 
 Outputs = list[npt.NDArray[Any]]
