@@ -47,7 +47,7 @@ def offer_of(analysed: Analysed, recipe: Recipe) -> Offer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decision:
+class Decision:
     """What stays, and what was seen on the way to it."""
 
     keep: Mask
@@ -56,7 +56,7 @@ class _Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class _Structure:
+class Structure:
     """A model without the regions that go and with the products split that are, analysed anew.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Structure:
         going: Sequence[removal.Removal],
         samples: Samples | None,
         recipe: Recipe,
-    ) -> _Structure:
+    ) -> Structure:
         """Leaves regions out."""
         if not going:
             return self
@@ -96,7 +96,7 @@ class _Structure:
         chosen: ranks.Ranks,
         samples: Samples | None,
         recipe: Recipe,
-    ) -> _Structure:
+    ) -> Structure:
         """Splits products."""
         if not chosen:
             return self
@@ -114,11 +114,11 @@ class _Structure:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
+class Choice:
     """What goes, and what was weighed for it."""
 
-    structure: _Structure
-    decision: _Decision
+    structure: Structure
+    decision: Decision
     divisions: tuple[Division, ...] = ()
     absent: tuple[str, ...] = ()  # kinds asked for of which the model has nothing that may go
 
@@ -130,11 +130,11 @@ def choose(
     plan: Plan | None,
     clock: Clock,
     memory_meter: measure.MemoryMeter,
-) -> _Choice:
+) -> Choice:
     """Which regions go, what is split, and which units of the rest go; or what a plan says."""
     if plan is None and {"layer", "rank"} & set(recipe.granularity):
         return _choose_structure(analysed, recipe, samples, clock)
-    structure = _Structure(analysed)
+    structure = Structure(analysed)
     if plan is not None and plan.removed:
         offer = offer_of(analysed, recipe)
         regions = replay.regions_removed(plan, offer, analysed.opened.sha256)
@@ -144,12 +144,12 @@ def choose(
         offered = _candidates(structure.rest, recipe, samples)
         chosen = replay.products_factored(plan, offered, analysed.opened.sha256)
         structure = structure.split(offered, chosen, samples, recipe)
-    return _Choice(structure, decide(structure.rest, recipe, samples, plan, clock, memory_meter))
+    return Choice(structure, decide(structure.rest, recipe, samples, plan, clock, memory_meter))
 
 
 def _choose_structure(
     analysed: Analysed, recipe: Recipe, samples: Samples | None, clock: Clock
-) -> _Choice:
+) -> Choice:
     offer = offer_of(analysed, recipe) if "layer" in recipe.granularity else None
     layers, absent = offer is not None, _absent(analysed, recipe, offer)
     units = not set(recipe.units) <= set(absent)
@@ -164,7 +164,7 @@ def _choose_structure(
             found="none",
             hint="Give a few hundred unlabelled samples.",
         )
-    structure = _Structure(analysed)
+    structure = Structure(analysed)
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         tell = functools.partial(clock.tell, Stage.PLANNING)
         if samples is not None and (recipe.units or {"layer", "rank"} <= set(recipe.granularity)):
@@ -176,15 +176,15 @@ def _choose_structure(
             structure = structure.without(offer, going, samples, recipe)
         elif not units:
             structure = _by_ranks(structure, samples, recipe, tell)
-    return _Choice(structure, decide(structure.rest, recipe, samples, None, clock), absent=absent)
+    return Choice(structure, decide(structure.rest, recipe, samples, None, clock), absent=absent)
 
 
 def _by_ranks(
-    structure: _Structure,
+    structure: Structure,
     samples: Samples | None,
     recipe: Recipe,
     tell: Callable[[float], None] = lambda share: None,
-) -> _Structure:
+) -> Structure:
     """Splits products until the targets are met. Raises Refused: `UNREACHABLE_TARGET`."""
     rest = structure.rest
     offered = _candidates(rest, recipe, samples)
@@ -239,7 +239,7 @@ class _Divide:
 
     def __init__(
         self,
-        structure: _Structure,
+        structure: Structure,
         samples: Samples,
         recipe: Recipe,
         offer: Offer | None,
@@ -253,10 +253,10 @@ class _Divide:
         self._answers = Answers(self._observed, _DIVISION_SAMPLES)
         self._tell = tell
         self._refused: Refused | None = None
-        self._tried: list[tuple[_Structure, float]] = []
-        self._best: tuple[float, _Choice] | None = None
+        self._tried: list[tuple[Structure, float]] = []
+        self._best: tuple[float, Choice] | None = None
 
-    def run(self) -> _Choice:
+    def run(self) -> Choice:
         """The choice that drifts least.
 
         Raises:
@@ -293,13 +293,13 @@ class _Divide:
         )
         return replace(best, divisions=divisions, absent=self._absent)
 
-    def _regions(self, structure: _Structure, offer: Offer) -> _Structure:
+    def _regions(self, structure: Structure, offer: Offer) -> Structure:
         """Tries numbers of regions; returns what is best, or nearest to the targets."""
         path = removal.path(
             self._observed, offer, self._recipe.target, lambda share: self._tell(share / 4)
         )
 
-        def without(place: int) -> _Structure:
+        def without(place: int) -> Structure:
             return structure.without(offer, path[place], self._samples, self._recipe)
 
         found = division.search(
@@ -309,7 +309,7 @@ class _Divide:
         )
         return without(division.best(found) if self._best else -1)
 
-    def _ranks(self, structure: _Structure) -> None:
+    def _ranks(self, structure: Structure) -> None:
         """Tries shares of the budget that go by rank."""
         recipe, rest = self._recipe, structure.rest
         offered = _candidates(rest, recipe, self._samples)
@@ -334,7 +334,7 @@ class _Divide:
 
         division.search(len(path) - 1, drift, lambda share: self._tell(0.75 + share / 4))
 
-    def _filled(self, structure: _Structure) -> _Structure:
+    def _filled(self, structure: Structure) -> Structure:
         """Without units, ranks make up the rest.
 
         Raises:
@@ -349,7 +349,7 @@ class _Divide:
         key, value = next(iter(wanted.items()))
         raise unreachable(key, recipe.target[key], recipe.target[key] + value / rest.costs[key])
 
-    def _drift(self, structure: _Structure) -> float:
+    def _drift(self, structure: Structure) -> float:
         """Of the outputs on batches that no fit has seen; infinite where targets are not met."""
         recipe, rest, drift = self._recipe, structure.rest, math.inf
         try:
@@ -371,7 +371,7 @@ class _Divide:
             network = Network(pruned, self._answers.batches)
             drift = self._answers.drift(network.piece(self._answers.outputs))
             if self._best is None or drift < self._best[0]:
-                self._best = drift, _Choice(structure, decision)
+                self._best = drift, Choice(structure, decision)
         self._tried.append((structure, drift))
         return drift
 
@@ -383,7 +383,7 @@ def decide(
     plan: Plan | None,
     clock: Clock,
     memory_meter: measure.MemoryMeter = measure.peak_memory,
-) -> _Decision:
+) -> Decision:
     """Scores, measures and plans; or reads a plan."""
     coupling, observed = analysed.coupling, None
     if samples is not None and recipe.target:
@@ -392,13 +392,13 @@ def decide(
     if plan is not None:
         with clock.stage(Stage.PLANNING, "replaying a plan"):
             keep = replay.units_kept(plan, coupling, analysed.copies, analysed.opened.sha256)
-        return _Decision(keep, observed)
+        return Decision(keep, observed)
     if not recipe.target:  # single weights alone
-        return _Decision(np.ones(coupling.count + 1, np.bool_), None)
+        return Decision(np.ones(coupling.count + 1, np.bool_), None)
     keep = np.ones(coupling.count + 1, np.bool_)
     structural = {"layer", "rank"} & set(recipe.granularity)
     if structural and (not recipe.units or _met(analysed, recipe)):
-        return _Decision(keep, observed)
+        return Decision(keep, observed)
     scores = np.zeros(coupling.count + 1, np.float64)
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
@@ -422,7 +422,7 @@ def decide(
         if "memory" in recipe.target:
             given["memory"] = trial.memory, float(trial.memory_before)
         keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
-    return _Decision(keep, observed, curves)
+    return Decision(keep, observed, curves)
 
 
 def _met(analysed: Analysed, recipe: Recipe) -> bool:
