@@ -29,8 +29,9 @@ from secateur.graphops.pipeline.analysed import (
     runnable,
     shapes_of,
 )
-from secateur.graphops.pipeline.choosing import Choice, choose
+from secateur.graphops.pipeline.choosing import choose
 from secateur.graphops.pipeline.clock import Clock
+from secateur.graphops.pipeline.dividing import Choice
 from secateur.graphops.pipeline.records import (
     frozen_records,
     group_record,

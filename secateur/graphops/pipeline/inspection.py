@@ -10,14 +10,15 @@ from secateur.graphops.calibration import CalibrationSource, open_calibration
 from secateur.graphops.model.opening import ModelSource, open_model
 from secateur.graphops.model.runtime import one_blas_thread
 from secateur.graphops.pipeline.analysed import analyse
-from secateur.graphops.pipeline.choosing import decide, offer_of
 from secateur.graphops.pipeline.clock import Clock
+from secateur.graphops.pipeline.deciding import decide
 from secateur.graphops.pipeline.records import (
     frozen_records,
     group_record,
     region_records,
     sensitivity_records,
 )
+from secateur.graphops.pipeline.structure import offer_of
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.recipe import UNITS, Recipe
 from secateur.report import Cost, Inspection
