@@ -3,7 +3,8 @@
 | file | family |
 |---|---|
 | elementwise | unary, and everything that broadcasts |
-| contraction | Conv, ConvTranspose, Gemm, MatMul, Einsum |
+| contraction | Gemm, MatMul, Einsum |
+| convolution | Conv, ConvTranspose and their like |
 | movement | transposes, reshapes and other changes of axes |
 | indexing | Slice, Split, Gather, Concat, Pad |
 | positions | Trilu, OneHot, GatherElements and others that leave some axes alone |
@@ -24,6 +25,7 @@ from secateur.graphops.rules import (  # noqa: F401  importing registers
     attention,
     contraction,
     control,
+    convolution,
     elementwise,
     experts,
     frozen,

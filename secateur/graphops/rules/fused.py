@@ -9,7 +9,7 @@ from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.rules import contraction, elementwise
+from secateur.graphops.rules import contraction, convolution, elementwise
 from secateur.graphops.rules.registry import register
 
 
@@ -61,7 +61,7 @@ def macs_fused_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
 
 def couple_fused_conv(flow: Flow, node: ir.Node) -> None:
     """Conv, then the sum with Z, then an activation."""
-    contraction.couple_conv(flow, node)
+    convolution.couple_conv(flow, node)
     z = operand(node, 3)
     if z is not None:
         own, other = flow.axis(node.outputs[0], 1), flow.axis(z, 1)
@@ -116,7 +116,7 @@ register(
     "FusedConv",
     "convolution",
     couple_fused_conv,
-    rewrite=contraction.rewrite_conv,
-    macs=contraction.macs_conv,
+    rewrite=convolution.rewrite_conv,
+    macs=convolution.macs_conv,
     domain=CONTRIB,
 )

@@ -16,7 +16,7 @@ from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.rules import contraction, indexing, reduction, spatial
+from secateur.graphops.rules import contraction, convolution, indexing, reduction, spatial
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -79,22 +79,22 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
 
 def couple_conv(flow: Flow, node: ir.Node) -> None:
     """QLinearConv: x and w with scales and zero points, then a bias."""
-    contraction.couple_convolution(flow, node, weight=3, bias=8, vectors=(4, 5))
+    convolution.couple_convolution(flow, node, weight=3, bias=8, vectors=(4, 5))
 
 
 def couple_conv_integer(flow: Flow, node: ir.Node) -> None:
     """ConvInteger: x, w and their zero points."""
-    contraction.couple_convolution(flow, node, weight=1, bias=None, vectors=(3,))
+    convolution.couple_convolution(flow, node, weight=1, bias=None, vectors=(3,))
 
 
 def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:
     """As Conv, with the weight at input 3."""
-    contraction.rewrite_groups(surgeon, node, weight=3)
+    convolution.rewrite_groups(surgeon, node, weight=3)
 
 
 def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """As Conv, with the weight at input 3."""
-    return contraction.macs_convolution(flow, node, weight=3)
+    return convolution.macs_convolution(flow, node, weight=3)
 
 
 def couple_binary(flow: Flow, node: ir.Node) -> None:
@@ -215,8 +215,8 @@ register(
     "ConvInteger",
     "quantised",
     couple_conv_integer,
-    rewrite=contraction.rewrite_conv,
-    macs=contraction.macs_conv,
+    rewrite=convolution.rewrite_conv,
+    macs=convolution.macs_conv,
     reads=(0, 1, 3),
 )
 register("DynamicQuantizeLinear", "quantised", couple_dynamic_quantise)
