@@ -22,7 +22,8 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops import rules
-from secateur.graphops.coupling.flow import BranchEnd, Flow, Taken
+from secateur.graphops.coupling.facts import BranchEnd, Taken
+from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.void import Void
 from secateur.graphops.model.graph import captured_by, node_label
 

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import scipy.sparse
 import scipy.sparse.csgraph
 
-from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.facts import Choice
+from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import FIXED, Labels
 from secateur.recipe import Grouped
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import BranchEnd, Contraction, Flow, Reason
+from secateur.graphops.coupling.facts import BranchEnd, Contraction, Reason
+from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.grouping import components, decide, frozen_components
 from secateur.graphops.coupling.labels import FIXED, Blocks, Labels, rows_along, thin
 from secateur.graphops.model.graph import node_label

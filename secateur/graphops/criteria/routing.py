@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.calibration.network import Network
-from secateur.graphops.coupling.flow import Contraction
+from secateur.graphops.coupling.facts import Contraction
 from secateur.graphops.criteria.context import Context, Scores
 
 

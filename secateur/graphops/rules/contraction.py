@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Choice, Flow, Letter
+from secateur.graphops.coupling.facts import Choice
+from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.labels import Block
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.coupling.void import multiplied

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.facts import Choice
+from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Block, Labels
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand

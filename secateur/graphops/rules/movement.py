@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.coupling import labels as lab
-from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Choice, Flow
+from secateur.graphops.coupling.facts import Choice
+from secateur.graphops.coupling.flow import MAX_BLOCK, MAX_FRESH, Flow
 from secateur.graphops.coupling.labels import BARE, Block, Blocks
 from secateur.graphops.coupling.void import of_first
 from secateur.graphops.model.attributes import integer, integers, integers_at

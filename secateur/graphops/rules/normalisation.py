@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from secateur.graphops.coupling.flow import Choice, Flow
+from secateur.graphops.coupling.facts import Choice
+from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.labels import Block, rows_along, thin
 from secateur.graphops.model.attributes import integer, integers, operand
 from secateur.graphops.rules.registry import register

@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from secateur.graphops.coupling.analyse import couple
-from secateur.graphops.coupling.flow import Contraction
+from secateur.graphops.coupling.facts import Contraction
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.normalise import unshare
