@@ -168,6 +168,12 @@ def sample_count(feeds: Feeds) -> int:
     return next((array.shape[0] for array in feeds.values() if array.ndim), 1)
 
 
+def first_batches(batches: Sequence[Feeds], samples: int) -> tuple[Feeds, ...]:
+    """As many of them as hold so many samples; all where they hold fewer."""
+    held = np.cumsum([0, *map(sample_count, batches)])
+    return tuple(batch for before, batch in zip(held, batches, strict=False) if before < samples)
+
+
 def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     """Opens a `.npz`, a folder of them, or arrays by name, and checks the first part.
 

@@ -24,6 +24,9 @@ from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Stage
 
+# Measured curves by id and number of units of a group.
+Curves = dict[tuple[str, int], Curve]
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -41,8 +44,19 @@ def decide(
     plan: Plan | None,
     clock: Clock,
     memory_meter: measure.MemoryMeter = measure.peak_memory,
+    known: Curves | None = None,
 ) -> Decision:
-    """Scores, measures and plans; or reads a plan."""
+    """Scores, measures and plans; or reads a plan.
+
+    Args:
+        analysed: the model, maybe without regions that have gone.
+        recipe: settled.
+        samples: to learn from.
+        plan: to read; None to decide.
+        clock: told of the stages.
+        memory_meter: how memory is measured.
+        known: curves that need not be measured again; those that are measured join them.
+    """
     coupling, observed = analysed.coupling, None
     if samples is not None and recipe.target:
         tell = functools.partial(clock.tell, Stage.CRITERIA)
@@ -67,7 +81,7 @@ def decide(
     curves = None
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:
-            curves = _measure(analysed, observed, scores, recipe, clock)
+            curves = _measure(analysed, observed, scores, recipe, clock, known)
         given: dict[str, planner.Measure] = {}
         if "macs" in recipe.target:
             given["macs"] = cost.macs(coupling).of, float(analysed.macs)
@@ -84,17 +98,31 @@ def decide(
 
 
 def _measure(
-    analysed: Analysed, observed: Observed, scores: Scores, recipe: Recipe, clock: Clock
+    analysed: Analysed,
+    observed: Observed,
+    scores: Scores,
+    recipe: Recipe,
+    clock: Clock,
+    known: Curves | None,
 ) -> Mapping[int, Curve]:
     """Trial cuts of the groups that may go, those that cost most first."""
-    macs, count = cost.macs(analysed.coupling), analysed.coupling.count + 1
-    saved = {}
-    for index, group in enumerate(analysed.coupling.groups):
-        if group.kind in recipe.granularity and group.units.size > 1:
-            keep = np.ones(count, np.bool_)
-            keep[group.units] = False
-            saved[index] = macs.of(keep)
-    order = sorted(saved, key=lambda index: (saved[index], index))
-    tell = functools.partial(clock.tell, Stage.PLANNING)
-    whole = macs.of(np.ones(count, np.bool_))
-    return sensitivity.measure(observed, scores, order, analysed.copies, whole, tell)
+    known = {} if known is None else known
+    groups, macs = analysed.coupling.groups, cost.macs(analysed.coupling)
+    everything = np.ones(analysed.coupling.count + 1, np.bool_)
+    left, found = {}, {}
+    for index, group in enumerate(groups):
+        if group.kind not in recipe.granularity or group.units.size < 2:
+            continue
+        if curve := known.get((group.id, group.units.size)):
+            found[index] = curve
+            continue
+        keep = everything.copy()
+        keep[group.units] = False
+        left[index] = macs.of(keep)
+    if left:
+        order = sorted(left, key=lambda index: (left[index], index))
+        tell = functools.partial(clock.tell, Stage.PLANNING)
+        whole = macs.of(everything)
+        found |= sensitivity.measure(observed, scores, order, analysed.copies, whole, tell)
+    known.update({(groups[i].id, groups[i].units.size): curve for i, curve in found.items()})
+    return found

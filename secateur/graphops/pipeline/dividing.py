@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Samples
+from secateur.graphops.calibration.data import first_batches
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
+from secateur.graphops.pipeline.analysed import Analysed
 from secateur.graphops.pipeline.clock import Clock
-from secateur.graphops.pipeline.deciding import Decision, decide
+from secateur.graphops.pipeline.deciding import Curves, Decision, decide
 from secateur.graphops.pipeline.structure import (
     Structure,
     by_ranks,
@@ -28,7 +30,7 @@ from secateur.graphops.surgery.cut import cut
 from secateur.recipe import Recipe
 from secateur.report import Division
 
-_SAMPLES = 128  # that a division is judged on
+_SAMPLES = 128  # that a division learns from, and as many others that it is judged on
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,9 @@ class Divide:
 
     First the regions, units making up the rest; then, of what they leave, the ranks. Where the
     recipe or the model has no units, ranks make up the rest.
+
+    What is tried is decided from few samples, and the curve of a group is measured once for all
+    divisions; what is taken is decided again from all samples.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class Divide:
         self._offer, self._absent = offer, absent
         self._units = not set(recipe.units) <= set(self._absent)
         self._answers = Answers(self._observed, _SAMPLES)
+        self._few = replace(samples, seen=first_batches(self._observed.learnt, _SAMPLES))
+        self._curves: Curves = {}
         self._tell = tell
         self._refused: Refused | None = None
         self._tried: list[tuple[Structure, float]] = []
@@ -92,6 +99,8 @@ class Divide:
             assert self._refused is not None
             raise self._refused
         best = self._best[1]
+        if best.structure is not self._original:
+            best = replace(best, decision=self._decide(best.structure.rest, self._samples))
         self._tried.sort(key=lambda tried: (len(tried[0].removed), len(tried[0].factored)))
         divisions = tuple(
             Division(
@@ -166,7 +175,8 @@ class Divide:
         try:
             structure = self._filled(structure)
             rest = structure.rest
-            decision = decide(rest, recipe, self._samples, None, Clock(None))
+            given = self._samples if structure is self._original else self._few
+            decision = self._decide(rest, given)
         except Refused as refused:
             if refused.refusal.code not in (Code.UNREACHABLE_TARGET, Code.NOTHING_TO_PRUNE):
                 raise
@@ -176,8 +186,8 @@ class Divide:
         else:
             pruned, _ = cut(rest.opened.model, rest.coupling, decision.keep, rest.copies)
             if recipe.repair:
-                model, learnt = self._original.rest.opened.model, self._observed.learnt
-                seen = Observed(model, rest.coupling, learnt, recipe.seed)
+                model = self._original.rest.opened.model
+                seen = Observed(model, rest.coupling, self._few.seen, recipe.seed)
                 repair(pruned, seen, decision.keep, recipe.seed)
             network = Network(pruned, self._answers.batches)
             drift = self._answers.drift(network.piece(self._answers.outputs))
@@ -185,3 +195,6 @@ class Divide:
                 self._best = drift, Choice(structure, decision)
         self._tried.append((structure, drift))
         return drift
+
+    def _decide(self, rest: Analysed, samples: Samples) -> Decision:
+        return decide(rest, self._recipe, samples, None, Clock(None), known=self._curves)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from secateur.graphops.calibration.data import Array, Feeds, sample_count
+from secateur.graphops.calibration.data import Array, first_batches
 from secateur.graphops.calibration.network import Network, Piece
 from secateur.graphops.calibration.observed import Observed
 
@@ -28,10 +28,7 @@ class Answers:
     """
 
     def __init__(self, observed: Observed, samples: int) -> None:
-        self.batches: list[Feeds] = []
-        for batch in observed.judges:
-            if sum(map(sample_count, self.batches)) < samples:
-                self.batches.append(batch)
+        self.batches = first_batches(observed.judges, samples)
         self.network = Network(observed.model, self.batches)
         self.outputs = [str(value.name) for value in observed.model.graph.outputs]
         piece = self.network.piece(self.outputs)
