@@ -298,6 +298,15 @@ def test_a_model_that_does_not_run_is_said_so_by_prune() -> None:
     assert "NoSuchOperator" in caught.value.refusal.message
 
 
+def test_what_does_not_run_is_told_before_what_cannot_be_cut() -> None:
+    proto = model()
+    for unknown in proto.graph.node:
+        unknown.op_type = "NoSuchOperator"
+    with pytest.raises(Refused) as caught:
+        prune(proto)
+    assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
+
+
 # -- versions ----------------------------------------------------------------------------------
 
 

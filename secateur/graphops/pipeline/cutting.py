@@ -53,6 +53,7 @@ from secateur.graphops.surgery import vocabulary
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify.accuracy import Scored
+from secateur.graphops.verify.verify import run_original
 from secateur.plan import KeptTensor, Plan
 from secateur.recipe import Recipe
 from secateur.report import Cost, Folded, RepairStep, Report, SparseWeight, Stage
@@ -136,8 +137,14 @@ def prune_unverified(
             if scored is not None:
                 raise _labels_count_tokens()
             known, analysed, samples = _keep_tokens(analysed, recipe, samples)
+    feeds = examples(analysed) if samples is None else samples.judged
     with one_blas_thread():
-        choice = choose(analysed, recipe, samples, plan, clock, memory_meter)
+        try:
+            choice = choose(analysed, recipe, samples, plan, clock, memory_meter)
+        except Refused as refused:
+            if refused.refusal.code is Code.NOTHING_TO_PRUNE:  # a model that fails is told first
+                run_original(_source(model, opened), feeds[:1], samples is not None)
+            raise
         done = _carry_out(analysed, choice, samples, recipe, asked, clock)
     unquantised, serialised, sparse_weights = None, serialise(done.model), done.sparse_weights
     if recipe.sparse_initializers:
@@ -175,9 +182,8 @@ def prune_unverified(
         folded=done.folded,
         sparse_weights=sparse_weights,
     )
-    feeds = examples(analysed) if samples is None else samples.judged
     return Pruned(
-        source=runnable(model, opened) if opened.aside is None else str(model_beside(opened.aside)),
+        source=_source(model, opened),
         aside=opened.aside,
         known=known,
         serialised=serialised,
@@ -202,6 +208,11 @@ def prune_unverified(
         sample=one_sample(analysed, feeds[0]),
         scored=scored,
     )
+
+
+def _source(model: ModelSource, opened: OpenedModel) -> bytes | str:
+    """The original as ONNX Runtime takes it, with the weights that were put aside."""
+    return runnable(model, opened) if opened.aside is None else str(model_beside(opened.aside))
 
 
 @dataclass(frozen=True, slots=True)
