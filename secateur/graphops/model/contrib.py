@@ -1,4 +1,4 @@
-"""Shapes of operators whose schema onnx does not know: com.microsoft, and functions."""
+"""Shapes of operators that onnx infers none for: com.microsoft, functions, some of ai.onnx.ml."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from secateur.graphops.model.attributes import integer, integers
 
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
+LEARN = "ai.onnx.ml"  # the domain of classical machine learning
 
 Shape = tuple[int | None, ...]
 Shapes = Sequence[Shape | None]
@@ -119,6 +120,16 @@ def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [(x[0], x[1], *(1 for _ in x[2:]))]
 
 
+def _side_by_side(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    widths = [(shape or (None,))[-1] for shape in inputs]
+    total = None if None in widths else sum(width or 0 for width in widths)
+    return [(*(inputs[0] or ())[:-1], total)]
+
+
+def _regressor(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
+    return [((inputs[0] or ())[0], integer(node, "targets", 1))]
+
+
 # Functions of opset 12 to 15, whose bodies onnx's inference does not look into.
 COMPARISONS = ("LessOrEqual", "GreaterOrEqual")
 
@@ -162,7 +173,14 @@ _OTHERS: _Table = {
     "QLinearMul": _binary,
     "QLinearGlobalAveragePool": _global_pool,
 }
-_TABLES = {"": _STANDARD, CONTRIB: _OTHERS}
+_CLASSICAL: _Table = {
+    "Scaler": _first,
+    "Normalizer": _first,
+    "Imputer": _first,
+    "FeatureVectorizer": _side_by_side,
+    "LinearRegressor": _regressor,
+}
+_TABLES = {"": _STANDARD, CONTRIB: _OTHERS, LEARN: _CLASSICAL}
 
 
 # Operators of com.microsoft whose outputs have the elements of another input than the first.
@@ -177,6 +195,8 @@ _ELEMENTS = {
 }
 
 
-def elements_from(node: ir.Node) -> int:
-    """Index of the input whose elements the outputs have."""
+def elements_from(node: ir.Node) -> int | None:
+    """Index of the input whose elements the outputs have; None where they are float32."""
+    if node.domain == LEARN:
+        return 0 if node.op_type == "Imputer" else None
     return _ELEMENTS.get(node.op_type, 0) if node.domain == CONTRIB else 0

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from secateur.errors import Code, refuse
-from secateur.graphops.model import checking
+from secateur.graphops.model import checking, maps
 from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.graph import node_label
@@ -301,7 +301,9 @@ def _densify(graph: onnx.GraphProto) -> None:
 def _deserialise(proto: onnx.ModelProto) -> ir.Model:
     """The graph as onnx_ir holds it: inlined, in order, every name defined and unique."""
     try:
+        types = maps.put_aside(proto)
         model = ir.from_proto(proto)
+        maps.note(model, types)
         if "ai.onnx" in model.opset_imports:  # onnx_ir spells it so of nodes only
             model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
         if model.functions:

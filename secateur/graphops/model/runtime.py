@@ -14,6 +14,7 @@ import onnxruntime as ort
 import threadpoolctl
 
 from secateur.errors import Code, Refused, refuse
+from secateur.graphops.model import maps
 
 RUN_SECONDS = 600.0
 """What one run of a model may take: a loop may count to 2**62."""
@@ -22,14 +23,14 @@ _LOOK = 0.5  # seconds between two looks at what runs
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
-    """A session that gives a run up after `RUN_SECONDS`."""
+    """A session that gives a run up after `RUN_SECONDS`, and answers maps as arrays."""
 
     def run(self, output_names: Any, input_feed: Any, run_options: Any = None) -> Any:
         """As that of ONNX Runtime. Raises TimeoutError besides what that does."""
         options = run_options or ort.RunOptions()
         with _WATCH.over(options):
             try:
-                return super().run(output_names, input_feed, options)
+                return [maps.as_array(o) for o in super().run(output_names, input_feed, options)]
             except Exception as error:
                 if options.terminate:
                     raise TimeoutError(f"a run took more than {RUN_SECONDS:g} s") from error

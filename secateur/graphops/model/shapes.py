@@ -454,7 +454,8 @@ class _Skeleton:
         if inferred is None:
             return False
         place = contrib.elements_from(step.node)
-        source = facts.type_of(step.inputs[place]) if place < len(step.inputs) else None
+        known = place is not None and place < len(step.inputs)
+        source = facts.type_of(step.inputs[place or 0]) if known else None
         elements = source[0] if isinstance(source, tuple) else onnx.TensorProto.FLOAT
         if step.op_type in contrib.COMPARISONS:
             elements = onnx.TensorProto.BOOL

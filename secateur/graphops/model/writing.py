@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 
+from secateur.graphops.model import maps
 from secateur.graphops.model.aside import model_beside
 from secateur.graphops.model.opening import self_contained
 from secateur.result import WeightsFile
@@ -44,10 +46,15 @@ def serialise(model: ir.Model) -> Serialised:
     """
     tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) < INLINE_LIMIT:
-        content = ir.to_proto(self_contained(model)).SerializeToString(deterministic=True)
+        proto = ir.to_proto(self_contained(model))
+        maps.put_back(model, proto)
+        content = proto.SerializeToString(deterministic=True)
         return Serialised(content, None, len(content))
     weights = WeightsFile.new()
     path = model_beside(weights)
     ir.save(model, path, external_data=weights.path.name)
-    content = path.read_bytes()
+    proto = onnx.ModelProto.FromString(path.read_bytes())
+    maps.put_back(model, proto)
+    content = proto.SerializeToString(deterministic=True)
+    path.write_bytes(content)
     return Serialised(content, weights, len(content) + weights.path.stat().st_size)

@@ -5,7 +5,7 @@ Each sentence is what a report says of a channel that such an operator keeps.
 
 from __future__ import annotations
 
-from secateur.graphops.model.contrib import CONTRIB
+from secateur.graphops.model.contrib import CONTRIB, LEARN
 from secateur.graphops.rules.registry import explain
 
 explain(
@@ -78,4 +78,16 @@ explain(
     "its weights are in blocks for the processor that the model was optimised on: prune the model "
     "before ONNX Runtime changes its layout",
     domain="com.microsoft.nchwc",
+)
+
+explain(
+    "Binarizer FeatureVectorizer Imputer LinearClassifier LinearRegressor Normalizer Scaler "
+    "SVMClassifier SVMRegressor TreeEnsemble TreeEnsembleClassifier TreeEnsembleRegressor",
+    "it reads its features by their place, and its weights are attributes",
+    domain=LEARN,
+)
+explain(
+    "ArrayFeatureExtractor CastMap CategoryMapper DictVectorizer LabelEncoder OneHotEncoder ZipMap",
+    "it names classes or features, whose number is the model's face",
+    domain=LEARN,
 )
