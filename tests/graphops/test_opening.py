@@ -70,27 +70,37 @@ def test_a_known_digest_is_taken() -> None:
     assert secateur.prune(model(), sha256="ab" * 32).plan.source == "ab" * 32
 
 
-def large() -> bytes:
-    """A model of 37 MB: large enough to have its weights put aside."""
+def large(*, constants: bool = False) -> bytes:
+    """A model of 37 MB: large enough to have its weights put aside; in Constant nodes if asked."""
     net = Net()
     x = net.op("Relu", net.op("MatMul", net.input("x", ["N", 16]), net.floats(16, 3000)))
     y = net.op("Relu", net.op("MatMul", x, net.floats(3000, 3000)))
     net.output(net.op("MatMul", y, net.floats(3000, 4)), shape=["N", 4])
+    if constants:
+        weights, net.initializers = net.initializers, []
+        net.nodes[:0] = [helper.make_node("Constant", [], [w.name], value=w) for w in weights]
     return net.bytes()
 
 
+@pytest.mark.parametrize("constants", [False, True])
 def test_weights_put_aside_change_nothing(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    constants: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    source = large()
+    source = large(constants=constants)
     opened = open_model(source)
     assert opened.aside is not None
-    for wanted in onnx.load_from_string(source).graph.initializer:
-        found = opened.model.graph.initializers[wanted.name].const_value
+    tensors = {name: value.const_value for name, value in opened.model.graph.initializers.items()}
+    tensors |= {
+        node.outputs[0].name: node.attributes["value"].as_tensor()
+        for node in opened.model.graph
+        if node.op_type == "Constant"
+    }
+    for wanted in onnx.load_from_string(large()).graph.initializer:
+        found = tensors[wanted.name]
         assert isinstance(found, ir.ExternalTensor) == (len(wanted.raw_data) >= 1 << 16)
         np.testing.assert_array_equal(found.numpy(), onnx.numpy_helper.to_array(wanted))
-    del opened, found
+    del opened, tensors, found
     result = prune(source)
     assert check_law(source, result).difference < 1e-4
     assert list(tmp_path.iterdir()) == []

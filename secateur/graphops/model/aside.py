@@ -6,6 +6,7 @@ Weights inside the protobuf are copied by whoever reads it, and by ONNX Runtime 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator
 
 import onnx
 from onnx.external_data_helper import set_external_data
@@ -22,8 +23,16 @@ def model_beside(weights: WeightsFile) -> pathlib.Path:
     return weights.path.with_name("model.onnx")
 
 
+def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers, and what Constant nodes hold: some exporters write all weights so."""
+    yield from graph.initializer
+    for node in graph.node:
+        if node.op_type == "Constant":
+            yield from (item.t for item in node.attribute if item.name == "value")
+
+
 def put_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, WeightsFile | None]:
-    """Moves a model's large initializers into a file; the model goes to `model_beside` it.
+    """Moves a model's large weights into a file; the model goes to `model_beside` it.
 
     Args:
         proto: it is used up.
@@ -34,7 +43,7 @@ def put_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, WeightsFile | No
     weights, moved = WeightsFile.new(), []
     try:
         with weights.path.open("wb") as file:
-            for tensor in proto.graph.initializer:
+            for tensor in _weights(proto.graph):
                 raw = tensor.raw_data  # protobuf makes a copy each time that it is asked
                 if len(raw) >= _LEAST:
                     moved.append((tensor, file.seek(-(-file.tell() // _PAGE) * _PAGE), len(raw)))

@@ -20,7 +20,7 @@ from secateur.errors import Code, refuse
 from secateur.graphops.model import checking, maps
 from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
-from secateur.graphops.model.graph import node_label
+from secateur.graphops.model.graph import constant_tensor, node_label
 from secateur.graphops.model.names import free_name
 from secateur.result import WeightsFile
 
@@ -110,8 +110,16 @@ def self_contained(model: ir.Model) -> ir.Model:
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+                value.const_value = _in_memory(tensor)
+        for node in graph:
+            tensor = constant_tensor(node)
+            if isinstance(tensor, ir.ExternalTensor):
+                node.attributes["value"] = ir.AttrTensor("value", _in_memory(tensor))
     return model
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def release(tensor: ir.TensorProtocol) -> None:
