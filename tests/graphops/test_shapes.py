@@ -34,6 +34,14 @@ def test_a_sequence_is_bound_no_longer_than_its_table_of_positions() -> None:
     assert first != second
 
 
+def test_operators_that_came_later_than_the_model() -> None:
+    """ONNX Runtime's optimizer writes LayerNormalization into models of any opset."""
+    net = Net(opset=14)
+    x = net.op("LayerNormalization", net.input("x", ["N", 8]), net.floats(8), net.floats(8))
+    net.output(net.dense(x, 8, 3))
+    assert shapes_of(net).of(x) == (2, 8)
+
+
 def test_what_is_equal_in_both_bindings_is_the_model_s_own() -> None:
     net = Net()
     x = net.input("x", ["N", 4, "H", 6])

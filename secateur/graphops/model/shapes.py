@@ -550,7 +550,7 @@ class _Skeleton:
         if not onnx.defs.has(node.op_type, domain):
             return unknown
         try:
-            schema = onnx.defs.get_schema(node.op_type, self._opsets.get(domain, 1), domain)
+            schema = _schema(node.op_type, self._opsets.get(domain, 1), domain)
             inferred = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
@@ -609,6 +609,15 @@ def _serialise_node(node: ir.Node, inputs: Sequence[str], outputs: Sequence[str]
             hint=AGAIN,
         ) from None
     return proto
+
+
+def _schema(op_type: str, opset: int, domain: str) -> onnx.defs.OpSchema:
+    """The operator at that version. Of one that came later, which ONNX Runtime's optimizer writes
+    into older models all the same, the newest."""
+    try:
+        return onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return onnx.defs.get_schema(op_type, domain)
 
 
 def _contradicts(error: Exception) -> bool:
