@@ -575,6 +575,14 @@ def test_half_precision() -> None:
     assert {array.dtype for array in tensors(result).values()} == {np.dtype(np.float16)}
 
 
+def test_half_precision_behind_operators_that_onnx_does_not_know() -> None:
+    net = Net()
+    net.domains["com.microsoft"] = 1
+    x = net.op("Gelu", net.conv(net.input("x", [2, 4, 6, 6]), 4, 8), domain="com.microsoft")
+    net.output(net.conv(x, 8, 3))
+    lawful(converted(net, TensorProto.FLOAT16), limit=2e-3)
+
+
 def test_weights_in_bfloat16() -> None:
     net = Net(opset=19)
 

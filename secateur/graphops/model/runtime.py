@@ -74,13 +74,17 @@ class _Watch:
 _WATCH = _Watch()
 
 
-def open_session(model: bytes | str, *, lean: bool = False, spin: bool = True) -> Session:
+def open_session(
+    model: bytes | str, *, lean: bool = False, spin: bool = True, saturating: bool = True
+) -> Session:
     """A CPU session.
 
     Args:
         model: serialised, or a path (for external data).
         lean: spend less memory and start sooner (no arena, no prepacked weights), run slower.
         spin: let threads wait for work by spinning: faster alone, much slower beside other work.
+        saturating: let products of integers saturate, as they do on processors without VNNI where
+            one factor is signed; exact ones are slower.
 
     Raises:
         Exception: whatever ONNX Runtime raises; callers say what it means.
@@ -95,6 +99,9 @@ def open_session(model: bytes | str, *, lean: bool = False, spin: bool = True) -
         options.enable_mem_pattern = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not saturating:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return Session(model, options, providers=["CPUExecutionProvider"])
 
 
