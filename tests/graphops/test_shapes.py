@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from nets import INT64, Net
+from onnx import helper
 
 from secateur.graphops.model import arithmetic
 from secateur.graphops.model.opening import open_model
@@ -32,6 +33,25 @@ def test_a_sequence_is_bound_no_longer_than_its_table_of_positions() -> None:
     assert first[1] <= 32
     assert second[1] <= 32
     assert first != second
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_shape_arithmetic_that_was_quantised(dtype: Any) -> None:
+    net = Net()
+    x = net.input("x", ["N", 4, 6])
+    size = net.op("Cast", net.op("Gather", net.op("Shape", x), net.ints(1)), to=1)
+    step, middle = net.const(np.float32(0.0313)), net.const(dtype(-3 if dtype is np.int8 else 3))
+    integers = net.op("QuantizeLinear", size, step, middle)
+    size = net.op("Round", net.op("DequantizeLinear", integers, step, middle))
+    sizes = net.op("Concat", net.ints(-1), net.op("Cast", size, to=INT64), axis=0)
+    y = net.op("Reshape", x, sizes)
+    net.output(y)
+    net.output(integers, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+    shapes = shapes_of(net)
+    feeds = {"x": np.zeros((2, 4, 6), np.float32)}
+    wanted, steps = open_session(net.bytes()).run(None, feeds)
+    assert shapes.of(y) == wanted.shape
+    np.testing.assert_array_equal(shapes.values[integers], steps)
 
 
 def test_operators_that_came_later_than_the_model() -> None:

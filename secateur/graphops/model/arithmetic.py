@@ -236,6 +236,28 @@ def _gather_nd(node: ir.Node, inputs: Inputs) -> list[Array]:
     return [data[tuple(np.moveaxis(indices, -1, 0))]]
 
 
+def _quantise(node: ir.Node, inputs: Inputs) -> list[Array]:
+    scale, zero = _scale(inputs)
+    bounds = np.iinfo(zero.dtype)
+    steps = np.rint(inputs[0] / scale) + zero.astype(np.float32)
+    return [np.clip(steps, bounds.min, bounds.max).astype(zero.dtype)]
+
+
+def _dequantise(node: ir.Node, inputs: Inputs) -> list[Array]:
+    scale, zero = _scale(inputs)
+    return [(inputs[0].astype(np.float32) - zero.astype(np.float32)) * scale]  # type: ignore[union-attr]
+
+
+def _scale(inputs: Inputs) -> tuple[Array, Array]:
+    """The one scale and the integer that stands for zero."""
+    scale, zero = (*inputs, None)[1:3]
+    zero = np.zeros((), np.uint8) if zero is None else zero
+    assert scale is not None
+    if scale.size != 1 or zero.dtype.kind not in "iu":
+        raise ValueError("a scale per channel, or no integers")
+    return scale.reshape(()), zero.reshape(())
+
+
 _TABLE: dict[str, Callable[[ir.Node, Inputs], list[Array]]] = {
     "Identity": _elementwise(lambda x: x),
     "Abs": _elementwise(np.abs),
@@ -288,6 +310,8 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs], list[Array]]] = {
     "GatherND": _gather_nd,
     "ScatterND": _scatter_nd,
     "NonZero": _elementwise(lambda data: np.array(np.nonzero(data), np.int64)),
+    "QuantizeLinear": _quantise,  # quantisers do not spare the arithmetic of shapes
+    "DequantizeLinear": _dequantise,
     "Sum": _fold(np.add),
     "Reciprocal": _elementwise(np.reciprocal),
     "ReduceProd": _reduce(np.prod),

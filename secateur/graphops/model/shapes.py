@@ -581,6 +581,7 @@ _EVALUATED = (
     ir.DataType.BOOL,
     ir.DataType.FLOAT,
     ir.DataType.UINT8,
+    ir.DataType.INT8,
 )
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
