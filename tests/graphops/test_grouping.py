@@ -282,3 +282,18 @@ def test_the_inner_width_of_block_diagonal_products_goes_where_the_outer_stays()
         if tensor.name.startswith("blocks")
     )
     assert (first, second) == ((2, 4, 4), (2, 4, 4))
+
+
+def test_weights_that_are_standardised_in_the_graph() -> None:
+    """(out, in, 3, 3) as one row per output channel: neither of the two choices within a row may
+    be made by counting what would go as one."""
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 8, 8]), 3, 8, 3))
+    rows = net.op("Reshape", net.floats(10, 8, 3, 3), net.ints(10, -1))
+    centred = net.op("Sub", rows, net.op("ReduceMean", rows, axes=[1]))
+    spread = net.op("Sqrt", net.op("ReduceMean", net.op("Mul", centred, centred), axes=[1]))
+    weight = net.op("Reshape", net.op("Div", centred, spread), net.ints(10, 8, 3, 3))
+    x = net.op("Relu", net.op("Conv", x, weight, pads=[1] * 4))
+    net.output(net.conv(x, 10, 4))
+    result = lawful(net.bytes(), target={"channels": 0.5})
+    assert sorted((group.units, group.kept) for group in result.report.groups) == [(8, 4), (10, 5)]

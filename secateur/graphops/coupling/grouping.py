@@ -184,13 +184,15 @@ def _anchor(choice: Choice) -> int:
 
 
 def _free(choice: Choice, frozen: Mask, component: Components) -> tuple[int, int]:
-    """Positions that may go, and the fewest units in which those of one matrix do."""
+    """Positions that may go, and the fewest units in which the free ones of one matrix are."""
     positions, units = 0, []
     for matrix in choice.matrices:
         parts = component[matrix]
         free = parts[~frozen[parts]]
-        positions += free.size
-        units.append(np.unique(free).size)
+        count = np.unique(free).size
+        if count > 1 or free.size < parts.size:  # one unit that is everything has to stay
+            positions += free.size
+        units.append(count)
     return positions, min(units)
 
 
