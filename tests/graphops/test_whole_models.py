@@ -553,6 +553,51 @@ def test_quantised_per_channel() -> None:
     assert len(scales) >= 4
 
 
+def test_recurrent_layers_that_are_written_as_loops() -> None:
+    """As JAX and TensorFlow write them: a turn takes its own step of the sequence by number, the
+    state starts at zeros as many as the batch, which the layer before tells through its results."""
+    net = Net()
+
+    def layer(sequence: str, inner: int, width: int) -> str:
+        """Of (steps, batch, inner): tanh(x · w + h · u) at every step."""
+        body = helper.make_graph(
+            [
+                helper.make_node("Identity", ["going"], ["still"]),
+                helper.make_node("Gather", [sequence, "turn"], ["xt"]),
+                helper.make_node("MatMul", ["xt", net.floats(inner, width)], ["from_x"]),
+                helper.make_node("MatMul", ["h", net.floats(width, width)], ["from_h"]),
+                helper.make_node("Add", ["from_x", "from_h"], ["sum"]),
+                helper.make_node("Tanh", ["sum"], ["next"]),
+                helper.make_node("Identity", ["next"], ["step"]),
+            ],
+            "body",
+            [
+                helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+                helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("h", TensorProto.FLOAT, None),
+            ],
+            [
+                helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+                helper.make_tensor_value_info("step", TensorProto.FLOAT, None),
+            ],
+        )
+        sizes = net.op("Cast", net.op("Shape", sequence), to=TensorProto.INT32)
+        batch = net.op("Slice", sizes, net.ints(1), net.ints(2), net.ints(0))
+        sizes = net.op("Concat", batch, net.const(np.array([width], np.int32)), axis=0)
+        sizes = net.op("Cast", sizes, to=TensorProto.INT64)
+        zeros = net.op("Expand", net.const(np.zeros((), np.float32)), sizes)
+        start = net.const(np.array(5)), net.const(np.array(True))
+        return net.ops("Loop", *start, zeros, outputs=2, body=body)[1]
+
+    x = net.op("Transpose", net.input("x", ["N", 5, 4]), perm=[1, 0, 2])
+    y = layer(layer(x, 4, 16), 16, 12)
+    last = net.op("Gather", y, net.const(np.array(-1)))
+    net.output(net.dense(last, 12, 3))
+    result = lawful(net.bytes(), target={"channels": 0.5})
+    assert sorted((group.units, group.kept) for group in result.report.groups) == [(12, 6), (16, 8)]
+
+
 def converted(net: Net, dtype: int) -> onnx.ModelProto:
     """The model with float32 replaced by another type throughout."""
     model = net.model()

@@ -55,6 +55,7 @@ _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
 # How many positions NonZero is taken to find: a size that follows the data, and no input's size.
 _FOUND = (61, 47)
+_MOVES = ("Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze")
 _MAKERS = ("ConstantOfShape", "Expand", "Tile")  # of tensors as large as their last input says
 _LARGEST = 1 << 48  # elements of one tensor
 _LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
@@ -413,12 +414,20 @@ class _Skeleton:
                 facts.elements[step.outputs[0]] = onnx.TensorProto.INT64
                 facts.shapes[step.outputs[0]] = (len(shape), facts.found)
                 return
-        if step.bodies and all(_is_complete(facts.shapes.get(n)) for n in step.outputs if n):
+        if step.bodies and self._has_told(step, facts):
             return
         if not self._infer_contrib(step, facts):
             self._infer_node(step, facts)
         if facts.measured and step.op_type in ("Concat", "Reshape", "Expand"):
             _follow_measured(step, facts)
+
+    def _has_told(self, step: _Step, facts: _Facts) -> bool:
+        """Whether bodies told the shapes of all outputs. How often a loop turns, along which its
+        results are gathered, stays open."""
+        told = [facts.shapes.get(name) for name in step.outputs if name]
+        if step.op_type == "If":
+            return all(map(_is_complete, told))
+        return all(shape is not None for shape in told)
 
     def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
@@ -428,6 +437,9 @@ class _Skeleton:
         """
         elements, shapes = facts.elements, facts.shapes
         for inner, outer, scan in body_inputs(node, body):
+            if outer is None and inner.name:  # the number of the turn, or whether there is another
+                elements[inner.name], shapes[inner.name] = int(inner.dtype or 7), ()
+                continue
             known = None if outer is None else facts.type_of(outer.name or "")
             if not isinstance(known, tuple) or known[1] is None or not inner.name:
                 continue
@@ -435,6 +447,7 @@ class _Skeleton:
             shapes[inner.name] = known[1][1:] if scan else known[1]
         for step in self._bodies[body]:
             self._visit(step, facts)
+        steady = _is_steady(node, body, shapes)
         for result, inner, scan in body_outputs(node, body) if live else ():
             shape = shapes.get(inner.name or "")
             if shape is None or not result.name:
@@ -442,7 +455,8 @@ class _Skeleton:
             found = (None, *shape) if scan else shape
             before = shapes.get(result.name)
             if before is not None and len(before) == len(found):
-                found = tuple(a if a == b else None for a, b in zip(before, found, strict=True))
+                pairs = zip(before, found, strict=True)
+                found = tuple(b if a == b or (a is None and steady) else None for a, b in pairs)
             shapes[result.name] = found
             if isinstance(known := facts.type_of(inner.name or ""), tuple):
                 elements[result.name] = known[0]
@@ -467,8 +481,8 @@ class _Skeleton:
     def _evaluate(self, step: _Step, facts: _Facts) -> list[Array] | None:
         if step.op_type in ("Shape", "Size") and step.inputs:
             return _sizes(step, facts)
-        if step.op_type == "Gather" and facts.measured.keys() & step.inputs[:1]:
-            return _picked(facts.measured[step.inputs[0]], facts.values.get(step.inputs[1]))
+        if step.op_type in _MOVES and facts.measured.keys() & step.inputs[:1]:
+            return _move_measured(step, facts)
         if step.op_type not in arithmetic.OPERATORS or not step.inputs:
             return None
         inputs: list[Array | None] = []
@@ -567,6 +581,17 @@ class _Skeleton:
         if standard is not None:
             answer = [(elements, *found[1:]) if found is not None else None for found in answer]
         return answer
+
+
+def _is_steady(node: ir.Node, body: ir.Graph, shapes: Mapping[str, Shape | None]) -> bool:
+    """Whether a loop carries tensors of the same shapes to its next turn: what was inferred for
+    the first turn then holds for all."""
+    if node.op_type == "If":
+        return False
+    entering = [inner for inner, outer, scan in body_inputs(node, body) if outer and not scan]
+    leaving = [inner for _, inner, scan in body_outputs(node, body) if not scan]
+    before, after = ([shapes.get(v.name or "") for v in side] for side in (entering, leaving))
+    return None not in before and before == after
 
 
 def _is_negative(found: _Type | None) -> bool:
@@ -677,12 +702,26 @@ def _join_measured(step: _Step, facts: _Facts) -> None:
         facts.measured[step.outputs[0]] = joined
 
 
-def _picked(sizes: Shape, indices: Array | None) -> list[Array] | None:
-    """Those of some sizes that are asked for, if they are known."""
-    if indices is None or any(not -len(sizes) <= index < len(sizes) for index in indices.flat):
+def _move_measured(step: _Step, facts: _Facts) -> list[Array] | None:
+    """Those of some sizes that a node takes, if they are known; else they are noted."""
+    sizes = facts.measured[step.inputs[0]]
+    others = [facts.values.get(name) if name else None for name in step.inputs[1:]]
+    if any(array is None and name for array, name in zip(others, step.inputs[1:], strict=True)):
         return None
-    picked = tuple(sizes[index] for index in indices.flat)
-    return [np.array(picked, np.int64).reshape(indices.shape)] if _is_complete(picked) else None
+    found = []
+    for unknown in (-1, -2):  # what comes out as either was taken from where nothing is known
+        told = np.array([unknown if size is None else size for size in sizes], np.int64)
+        answer = arithmetic.evaluate(step.node, [told, *others])
+        if answer is None:
+            return None
+        found.append(answer[0])
+    if (found[0] == found[1]).all():
+        return found[:1]
+    if found[0].ndim == 1:
+        facts.measured[step.outputs[0]] = tuple(
+            int(a) if a == b else None for a, b in zip(*found, strict=True)
+        )
+    return None
 
 
 def _check_indices(
