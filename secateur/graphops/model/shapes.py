@@ -605,6 +605,8 @@ _EVALUATED = (
     ir.DataType.INT32,
     ir.DataType.BOOL,
     ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.DOUBLE,
     ir.DataType.UINT8,
     ir.DataType.INT8,
 )

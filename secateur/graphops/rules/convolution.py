@@ -85,7 +85,7 @@ def couple_convolution(
         _couple_groups(flow, node, shared, result, groups, (1, own))
     for index in (*([] if bias is None else [bias]), *vectors):
         vector = operand(node, index)
-        if vector is not None and flow.shape(vector) == (result.size,) != (1,):
+        if vector is not None and flow.shape(vector) not in ((), (1,)):
             flow.join(node, flow.line(vector, 0, result.size), result)
     if result.any():
         flow.set(node.outputs[0], (Block((1,), result),))

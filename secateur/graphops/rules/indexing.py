@@ -116,7 +116,7 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
         kept = surgeon.kept(value, axis)
         if kept is None:
             continue
-        start, stop, step = index[axis].indices(shape[axis] or 0)
+        start, stop, step = index[axis].indices(kept.size)
         if step > 1:  # of every `step` positions in a row all stay, or none
             starts[place], ends[place] = start, int(kept.sum())
         else:
@@ -201,18 +201,19 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
         return
     if _puts_beside(flow, node, axis):
         flow.put_beside(node, axis)
+    sizes = [(flow.shape(value) or {axis: None})[axis] for value in values]
+    if None in sizes:
+        for value in values:
+            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "a size is not known")
+        return
     parts: list[Labels] = []
-    for value in values:
-        size = (flow.shape(value) or {axis: None})[axis]
-        if size is None:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the size is not known")
-            return
+    for value, size in zip(values, sizes, strict=True):
         if any(axis in block.axes and len(block.axes) > 1 for block in flow.blocks(value)):
             flow.freeze_axis(
                 value, axis, node, "UNSUPPORTED_FORM", "one of its joint axes is joined"
             )
         along = flow.axis(value, axis)
-        parts.append(np.zeros(size, np.int32) if along is None else along)
+        parts.append(np.zeros(size or 0, np.int32) if along is None else along)
     letters = [None if other == axis else other for other in range(len(shape))]
     joined = np.concatenate(parts)
     others = _meet_without(flow, node, indices, letters, axis)

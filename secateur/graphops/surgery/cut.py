@@ -158,7 +158,11 @@ def _take(tensor: ir.TensorProtocol, axes: Mapping[int, npt.NDArray[np.intp]]) -
 
 
 def _resize_values(owners: Sequence[ir.Graph], nodes: Sequence[ir.Node], surgeon: Surgeon) -> None:
-    """Brings the recorded shapes along: ONNX Runtime warns where they disagree."""
+    """Brings the recorded shapes along: ONNX Runtime warns where they disagree.
+
+    The name of a size ("8*batch", of merged heads) stands for one number everywhere: where that
+    changed it is dropped, or buffers would be taken for as large as others of that name.
+    """
     values = [output for node in nodes for output in node.outputs]
     for owner in owners:
         values += [*owner.inputs, *owner.initializers.values()]
@@ -167,7 +171,7 @@ def _resize_values(owners: Sequence[ir.Graph], nodes: Sequence[ir.Node], surgeon
         if sizes and value.shape is not None:
             value.shape = ir.Shape(
                 [
-                    sizes[axis] if axis in sizes and isinstance(dim, int) else dim
+                    dim if axis not in sizes else sizes[axis] if isinstance(dim, int) else None
                     for axis, dim in enumerate(value.shape)
                 ]
             )

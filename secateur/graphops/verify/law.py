@@ -279,6 +279,9 @@ class _Builder:
             zero = np.zeros((), dtype.numpy())
             nothing = zero_point or self._constant(zero)
             where = self._node("Where", [self._constant(lined), value, nothing])
+        self._copied[str(where.outputs[0].name)] = self._copied.get(
+            value.name or "", str(value.name)
+        )
         (node.graph or self._graph).insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 
