@@ -5,16 +5,23 @@ The rows are in `rows.py`; a rule without a row fails here, and so does a row wi
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections import Counter
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 from laws import FLOAT32, Analysis, check_operator, prune
 from nets import Net
 from rows import ROWS, SUBJECT, Row
 
 import secateur
+from secateur.errors import Code, Refused
 from secateur.graphops import rules
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.verify.law import check_law
 
 RUNNABLE = [pytest.param(row, id=row.id) for row in ROWS if row.freezes is None]
@@ -108,3 +115,34 @@ def test_what_cannot_be_carried_stays_and_says_why(row: Row) -> None:
     codes = {frozen.code for frozen in result.report.frozen if frozen.node == SUBJECT}
     assert row.freezes in codes
     assert check_law(source, result).difference < FLOAT32
+
+
+@pytest.mark.parametrize("row", ROWS, ids=by_id)
+def test_what_is_not_known_of_a_shape_is_not_guessed(
+    row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One size of a tensor, or its whole shape, is forgotten: less may be cut, but what is cut
+    fits. Verification would refuse what does not."""
+    source = model_of(row).SerializeToString()
+    graph = open_model(source).model.graph
+    computed = [output.name for node in graph for output in node.outputs if output.name]
+    draw = random.Random(row.id)
+    for name in draw.sample(computed, min(3, len(computed))):
+        axis = draw.choice([None, 0, 1, 2, 3])
+
+        def forgetful(
+            model: ir.Model, given: Any = None, name: str = name, at: Any = axis
+        ) -> Shapes:
+            shapes = infer_shapes(model, given)
+            both = dict(shapes.first), dict(shapes.second)
+            for sizes in both:
+                known = sizes.pop(name, None)
+                if at is not None and known is not None:
+                    sizes[name] = tuple(None if i == at else n for i, n in enumerate(known))
+            return dataclasses.replace(shapes, first=both[0], second=both[1])
+
+        monkeypatch.setattr("secateur.graphops.pipeline.analysed.infer_shapes", forgetful)
+        try:
+            prune(source, criterion="random", seed=1, target={"channels": 0.5})
+        except Refused as refused:
+            assert refused.refusal.code is Code.NOTHING_TO_PRUNE, refused

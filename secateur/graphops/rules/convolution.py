@@ -62,7 +62,7 @@ def couple_convolution(
         return flow.freeze_inputs(node, "UNSUPPORTED_FORM", f"{groups} groups")
     for axis in range(2, len(shape)):
         flow.freeze_axis(w, axis, node, "KERNEL", "a position of the kernel")
-    for axis in range(2, flow.rank(x) or 2):
+    for axis in range(2, len(shape)):
         flow.freeze_axis(x, axis, node, "SPATIAL", "a position the kernel slides over")
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
     own = flow.line(w, out_axis, shape[out_axis] or 0)

@@ -144,7 +144,8 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
             return _compare_with_one(flow, node, index, chosen, int(number.reshape(-1)[0]))
         axis = None if chosen is None else _counting(flow, node, 1 - index, chosen.size)
         one = (flow.shape(node.inputs[index]) or ())[axis : (axis or 0) + 1 or None]
-        if chosen is not None and axis is not None and one in ((), (1,)):
+        whole = (flow.shape(node.outputs[0]) or ())[axis : (axis or 0) + 1 or None]
+        if chosen is not None and axis is not None and one in ((), (1,)) and whole == chosen.shape:
             flow.hold(node)
             flow.freeze_inputs(node, "BARE_AXIS", "is compared with numbers")
             flow.follow(node, index)
@@ -190,7 +191,8 @@ def rewrite_equal(surgeon: Surgeon, node: ir.Node) -> None:
             whole = int(surgeon.shape(node.outputs[0])[axis] or 0)
             place = _counting(surgeon, node, index, whole)
             numbers = surgeon.value(node.inputs[index])
-            if numbers is not None and place is not None and place % size == axis:
+            cut = surgeon.changed(node.inputs[index])  # as any constant: they stay what they are
+            if numbers is not None and place is not None and place % size == axis and not cut:
                 left = np.arange(surgeon.size(node.outputs[0], axis))
                 shape = [left.size if n == whole else 1 for n in numbers.shape]
                 surgeon.set_input(node, index, left.reshape(shape), like=numbers.dtype)

@@ -15,15 +15,12 @@ from secateur.graphops.rules.registry import register
 
 def couple_skip_norm(flow: Flow, node: ir.Node) -> None:
     """LayerNorm(input + skip + bias): all run together, normalised across the last axis."""
-    size = flow.rank(node.inputs[0])
-    if size is None:
+    ranks = {index: flow.rank(value) for index, value in enumerate(node.inputs) if value}
+    size = ranks[0]
+    if size is None or None in ranks.values():
         return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
-    operands = [
-        (index, letters[size - (flow.rank(value) or 0) :])
-        for index, value in enumerate(node.inputs)
-        if value is not None
-    ]
+    operands = [(index, letters[size - (rank or 0) :]) for index, rank in ranks.items()]
     blocks = flow.meet(node, operands, letters)
     for block in blocks:
         if size - 1 in block.axes:

@@ -57,17 +57,18 @@ def couple_across(flow: Flow, node: ir.Node) -> None:
     """Scale and bias are aligned at the right; axes from `axis` on are normalised together."""
     value, size = node.inputs[0], flow.rank(node.inputs[0])
     if value is None or size is None:
-        flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
-        return
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     letters = list(range(size))
     operands: list[tuple[int, list[int]]] = [(0, letters)]
     for index in (1, 2):
         if operand(node, index) is not None:
-            wide = flow.rank(node.inputs[index]) or 0
+            wide = flow.rank(node.inputs[index])
+            if wide is None:
+                return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
             operands.append((index, letters[size - wide :]))
     blocks = flow.meet(node, operands, letters)
     flow.set(node.outputs[0], blocks)
-    _mark_inexact(flow, node, list(range(integer(node, "axis", -1) % size, size)))
+    return _mark_inexact(flow, node, list(range(integer(node, "axis", -1) % size, size)))
 
 
 def couple_group(flow: Flow, node: ir.Node) -> None:

@@ -73,8 +73,11 @@ def couple_gemm(flow: Flow, node: ir.Node) -> None:
     right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
     operands: Operands = [(0, left), (3, right), *_vectors(flow, node, [4, 5], "n")]
     if operand(node, 6) is not None:
-        operands.append((6, ["m", "n"][2 - (flow.rank(node.inputs[6]) or 0) :]))
-    flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
+        bias = flow.rank(node.inputs[6])
+        if bias is None:
+            return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape of C is not known")
+        operands.append((6, ["m", "n"][2 - bias :]))
+    return flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
 
 
 def couple_conv(flow: Flow, node: ir.Node) -> None:

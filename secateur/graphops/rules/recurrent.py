@@ -53,10 +53,9 @@ def couple_recurrent(flow: Flow, node: ir.Node) -> None:
         if value is not None:
             for axis in (0, 1) if index in _STATES else (0,):
                 flow.freeze_axis(value, axis, node, "DIRECTION", "the directions or the batch")
-    for output in node.outputs:
-        size = flow.rank(output)
-        if output.name and size:
-            flow.set(output, single(size - 1, units) if units.any() else BARE)
+    for index, output in enumerate(node.outputs):
+        if output.name:
+            flow.set(output, single(2 if index else 3, units) if units.any() else BARE)
 
 
 def rewrite_recurrent(surgeon: Surgeon, node: ir.Node) -> None:
