@@ -1,7 +1,7 @@
 """Outputs that are maps, as scikit-learn's classifiers give their probabilities by class.
 
-onnx_ir holds tensors and sequences of them, but no maps. Their type is put aside where a model is
-opened, and put back where it is written; nothing between asks for it.
+onnx_ir holds tensors and sequences of them, but no maps. Their type is noted where a model is read,
+and put back where it is written; nothing between asks for it.
 """
 
 from __future__ import annotations
@@ -12,35 +12,32 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-_TYPE = "secateur.type"  # where a value's metadata, which clones copy, hold what was put aside
+_TYPE = "secateur.type"  # where a value's metadata, which clones copy, hold the noted type
 
 
-def put_aside(proto: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
-    """Takes the types that hold maps out of a model's outputs and recorded values, in place.
+def read(proto: onnx.ModelProto) -> ir.Model:
+    """The model, with the types that hold maps noted at its outputs.
 
-    Returns:
-        them, by the outputs' names.
+    Args:
+        proto: it is used up: those types are taken out of it.
     """
     for info in list(proto.graph.value_info):
         if _holds_map(info.type):
             proto.graph.value_info.remove(info)
-    found = {}
+    types = {}
     for info in proto.graph.output:
         if _holds_map(info.type):
-            found[info.name] = onnx.TypeProto.FromString(info.type.SerializeToString())
+            types[info.name] = onnx.TypeProto.FromString(info.type.SerializeToString())
             info.ClearField("type")
-    return found
-
-
-def note(model: ir.Model, types: dict[str, onnx.TypeProto]) -> None:
-    """Notes at the outputs which types were put aside."""
+    model = ir.from_proto(proto)
     for value in model.graph.outputs:
         if value.name in types:
             value.meta[_TYPE] = types[value.name]
+    return model
 
 
 def put_back(model: ir.Model, proto: onnx.ModelProto) -> None:
-    """Gives a serialised model's outputs the types that were put aside, in place."""
+    """Gives a serialised model's outputs the types that were noted, in place."""
     for value, info in zip(model.graph.outputs, proto.graph.output, strict=True):
         if _TYPE in value.meta:
             info.type.CopyFrom(value.meta[_TYPE])

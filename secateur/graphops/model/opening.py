@@ -309,9 +309,7 @@ def _densify(graph: onnx.GraphProto) -> None:
 def _deserialise(proto: onnx.ModelProto) -> ir.Model:
     """The graph as onnx_ir holds it: inlined, in order, every name defined and unique."""
     try:
-        types = maps.put_aside(proto)
-        model = ir.from_proto(proto)
-        maps.note(model, types)
+        model = maps.read(proto)
         if "ai.onnx" in model.opset_imports:  # onnx_ir spells it so of nodes only
             model.opset_imports.setdefault("", model.opset_imports.pop("ai.onnx"))
         if model.functions:

@@ -55,7 +55,7 @@ _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
 # How many positions NonZero is taken to find: a size that follows the data, and no input's size.
 _FOUND = (61, 47)
-_MOVES = ("Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze")
+_MOVES = ("Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze")  # of sizes, as they are
 _MAKERS = ("ConstantOfShape", "Expand", "Tile")  # of tensors as large as their last input says
 _LARGEST = 1 << 48  # elements of one tensor
 _LONGEST_SHAPE = 1 << 20  # positions of a graph input that may be a vector of sizes
@@ -414,20 +414,12 @@ class _Skeleton:
                 facts.elements[step.outputs[0]] = onnx.TensorProto.INT64
                 facts.shapes[step.outputs[0]] = (len(shape), facts.found)
                 return
-        if step.bodies and self._has_told(step, facts):
+        if step.bodies and _bodies_told(step, facts):
             return
         if not self._infer_contrib(step, facts):
             self._infer_node(step, facts)
         if facts.measured and step.op_type in ("Concat", "Reshape", "Expand"):
             _follow_measured(step, facts)
-
-    def _has_told(self, step: _Step, facts: _Facts) -> bool:
-        """Whether bodies told the shapes of all outputs. How often a loop turns, along which its
-        results are gathered, stays open."""
-        told = [facts.shapes.get(name) for name in step.outputs if name]
-        if step.op_type == "If":
-            return all(map(_is_complete, told))
-        return all(shape is not None for shape in told)
 
     def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
@@ -438,7 +430,8 @@ class _Skeleton:
         elements, shapes = facts.elements, facts.shapes
         for inner, outer, scan in body_inputs(node, body):
             if outer is None and inner.name:  # the number of the turn, or whether there is another
-                elements[inner.name], shapes[inner.name] = int(inner.dtype or 7), ()
+                elements[inner.name] = int(inner.dtype or onnx.TensorProto.INT64)
+                shapes[inner.name] = ()
                 continue
             known = None if outer is None else facts.type_of(outer.name or "")
             if not isinstance(known, tuple) or known[1] is None or not inner.name:
@@ -468,8 +461,9 @@ class _Skeleton:
         if inferred is None:
             return False
         place = contrib.elements_from(step.node)
-        known = place is not None and place < len(step.inputs)
-        source = facts.type_of(step.inputs[place or 0]) if known else None
+        source = None
+        if place is not None and place < len(step.inputs):
+            source = facts.type_of(step.inputs[place])
         elements = source[0] if isinstance(source, tuple) else onnx.TensorProto.FLOAT
         if step.op_type in contrib.COMPARISONS:
             elements = onnx.TensorProto.BOOL
@@ -581,6 +575,15 @@ class _Skeleton:
         if standard is not None:
             answer = [(elements, *found[1:]) if found is not None else None for found in answer]
         return answer
+
+
+def _bodies_told(step: _Step, facts: _Facts) -> bool:
+    """Whether its bodies told the shapes of all outputs of a node. How often a loop turns, along
+    which its results are gathered, stays open."""
+    told = [facts.shapes.get(name) for name in step.outputs if name]
+    if step.op_type == "If":
+        return all(map(_is_complete, told))
+    return None not in told
 
 
 def _is_steady(node: ir.Node, body: ir.Graph, shapes: Mapping[str, Shape | None]) -> bool:
@@ -711,7 +714,7 @@ def _move_measured(step: _Step, facts: _Facts) -> list[Array] | None:
     if any(array is None and name for array, name in zip(others, step.inputs[1:], strict=True)):
         return None
     found = []
-    for unknown in (-1, -2):  # what comes out as either was taken from where nothing is known
+    for unknown in (-1, 0):  # where it decides what comes out, that is not known
         told = np.array([unknown if size is None else size for size in sizes], np.int64)
         answer = arithmetic.evaluate(step.node, [told, *others])
         if answer is None:

@@ -143,8 +143,10 @@ def couple_equal(flow: Flow, node: ir.Node) -> None:
         if chosen is not None and number is not None and number.size == 1:
             return _compare_with_one(flow, node, index, chosen, int(number.reshape(-1)[0]))
         axis = None if chosen is None else _counting(flow, node, 1 - index, chosen.size)
-        one = (flow.shape(node.inputs[index]) or ())[axis : (axis or 0) + 1 or None]
-        whole = (flow.shape(node.outputs[0]) or ())[axis : (axis or 0) + 1 or None]
+        one, whole = (
+            (flow.shape(value) or ())[axis : (axis or 0) + 1 or None]
+            for value in (node.inputs[index], node.outputs[0])
+        )
         if chosen is not None and axis is not None and one in ((), (1,)) and whole == chosen.shape:
             flow.hold(node)
             flow.freeze_inputs(node, "BARE_AXIS", "is compared with numbers")

@@ -212,8 +212,7 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
             flow.freeze_axis(
                 value, axis, node, "UNSUPPORTED_FORM", "one of its joint axes is joined"
             )
-        along = flow.axis(value, axis)
-        parts.append(np.zeros(size or 0, np.int32) if along is None else along)
+        parts.append(flow.line(value, axis, size or 0))
     letters = [None if other == axis else other for other in range(len(shape))]
     joined = np.concatenate(parts)
     others = _meet_without(flow, node, indices, letters, axis)

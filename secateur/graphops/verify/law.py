@@ -226,23 +226,26 @@ class _Builder:
         self._count = 0
         self._types = types
         self._shapes = shapes
-        self._copied: dict[str, str] = {}  # values of the same shapes as the model's
+        self._copied: dict[str, str] = {}  # new value → what it is like
 
     def _name(self) -> str:
         self._count += 1
         return f"secateur_law_{self._count}"
 
+    def _like(self, value: ir.Value) -> str:
+        """The tensor of the model whose shape and elements a value has."""
+        name = str(value.name)
+        return self._copied.get(name, name)
+
     def _shape(self, value: ir.Value | None) -> Shape | None:
-        name = "" if value is None else str(value.name)
-        return self._shapes.of(self._copied.get(name, name))
+        return None if value is None else self._shapes.of(self._like(value))
 
     def _element(self, value: ir.Value) -> ir.DataType:
         """What a tensor holds: as inferred, for what a file records may be wrong."""
-        name = str(value.name)
-        inferred = self._shapes.elements.get(self._copied.get(name, name))
+        inferred = self._shapes.elements.get(self._like(value))
         if inferred is not None:
             return ir.DataType(inferred)
-        return self._types.get(name) or value.dtype or ir.DataType.FLOAT
+        return self._types.get(str(value.name)) or value.dtype or ir.DataType.FLOAT
 
     def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
         tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
@@ -279,9 +282,7 @@ class _Builder:
             zero = np.zeros((), dtype.numpy())
             nothing = zero_point or self._constant(zero)
             where = self._node("Where", [self._constant(lined), value, nothing])
-        self._copied[str(where.outputs[0].name)] = self._copied.get(
-            value.name or "", str(value.name)
-        )
+        self._copied[str(where.outputs[0].name)] = self._like(value)
         (node.graph or self._graph).insert_before(node, where)
         node.replace_input_with(index, where.outputs[0])
 
