@@ -15,7 +15,6 @@ it, so it checks surgery against analysis independently.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +146,7 @@ def _reference(
     clone = model.clone()
     nodes = {node.outputs[0].name: node for node in clone.graph.all_nodes() if node.outputs}
     opset = clone.opset_imports.get("", 1)
-    builder = _Builder(clone.graph, opset, _types(model), coupling.shapes)
+    builder = _Builder(clone.graph, opset, coupling.shapes)
     exceptions: list[str] = []
     seen: set[tuple[str, int, int]] = set()
     for contraction in coupling.contractions:
@@ -189,16 +188,6 @@ def _rank(contraction: Contraction, coupling: Coupling) -> int:
     raise ValueError(f"the rank of what {contraction.node.name!r} sums over is not known")
 
 
-def _types(model: ir.Model) -> dict[str, ir.DataType]:
-    """Element types of the tensors whose type the model does not record."""
-    inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model))
-    return {
-        info.name: ir.DataType(info.type.tensor_type.elem_type)
-        for info in inferred.graph.value_info
-        if info.type.tensor_type.elem_type
-    }
-
-
 def _mask(
     contraction: Contraction, coupling: Coupling, keep: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_] | None:
@@ -218,13 +207,10 @@ def _along(
 class _Builder:
     """Inserts the few nodes a reference needs."""
 
-    def __init__(
-        self, graph: ir.Graph, opset: int, types: Mapping[str, ir.DataType], shapes: Shapes
-    ) -> None:
+    def __init__(self, graph: ir.Graph, opset: int, shapes: Shapes) -> None:
         self._graph = graph
         self._opset = opset
         self._count = 0
-        self._types = types
         self._shapes = shapes
         self._copied: dict[str, str] = {}  # new value → what it is like
 
@@ -245,7 +231,7 @@ class _Builder:
         inferred = self._shapes.elements.get(self._like(value))
         if inferred is not None:
             return ir.DataType(inferred)
-        return self._types.get(str(value.name)) or value.dtype or ir.DataType.FLOAT
+        return value.dtype or ir.DataType.FLOAT
 
     def _constant(self, array: npt.NDArray[np.generic]) -> ir.Value:
         tensor = ir.Tensor(np.ascontiguousarray(array), name=self._name())
