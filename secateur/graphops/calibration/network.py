@@ -8,6 +8,7 @@ it stood and runs the longer way: memory is bounded, and only time is lost.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -40,7 +41,6 @@ class Network:
         self._model = model
         self._nodes = list(model.graph)
         self._place = {node: place for place, node in enumerate(self._nodes)}
-        self._last_use = last_uses(self._nodes)
         self._at = 0  # nodes before it have run
         self._held: list[Feeds] = [dict(batch) for batch in batches]
         self._hold = hold
@@ -48,6 +48,10 @@ class Network:
     def place(self, node: ir.Node) -> int:
         """Where a node stands in the order in which the network runs them."""
         return self._place[node]
+
+    @functools.cached_property
+    def _last_use(self) -> dict[str, int]:
+        return last_uses(self._nodes)
 
     @property
     def batches(self) -> int:

@@ -189,12 +189,14 @@ class Means:
 
 
 def _normal(node: ir.Node, rank: int, draw: np.random.Generator) -> npt.NDArray[np.floating]:
-    """What a BatchNormalization puts out: (draws, channels, 1 …), each channel in its own order."""
+    """What a BatchNormalization puts out: (draws, channels, 1 …), each in an order of its own.
+
+    Its channels share that order: nothing on the way to the mean brings two of them together.
+    """
     scale, shift = (constant_of(node.inputs[at]) for at in (_SCALE, _SHIFT))
     assert scale is not None and shift is not None
     spread, centre = (t.numpy().astype(np.float64) for t in (scale, shift))
-    z = scipy.special.ndtri((np.arange(_DRAWS) + 0.5) / _DRAWS)
-    drawn = draw.permuted(np.repeat(z[:, None], spread.size, axis=1), axis=0)
-    values = centre + np.abs(spread) * drawn
+    z = draw.permutation(scipy.special.ndtri((np.arange(_DRAWS) + 0.5) / _DRAWS))
+    values = centre + np.abs(spread) * z[:, None]
     shaped: npt.NDArray[np.floating] = values.reshape(*values.shape, *[1] * (rank - 2))
     return shaped.astype(scale.dtype.numpy())
