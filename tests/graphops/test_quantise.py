@@ -103,3 +103,37 @@ def test_what_has_nothing_to_quantise_is_refused() -> None:
         quantise(Serialised(net.bytes(), None, 0), "int8_dynamic", ())
     assert caught.value.refusal.code is Code.INVALID_RECIPE
     assert "no operator" in caught.value.refusal.message
+
+
+def test_sums_keep_their_precision_under_scales_from_data() -> None:
+    """As in transformers: one channel of the residual stream is far wider than the others."""
+    net = Net(opset=17)
+    x = net.input("x", ["N", 16])
+    wide = net.const(np.r_[np.float32(300), np.ones(15, np.float32)])
+    stream = net.op("Mul", x, wide)
+    for _ in range(3):
+        normal = net.op("LayerNormalization", stream, net.const(np.ones(16, np.float32)))
+        inner = net.op("Relu", net.op("MatMul", normal, net.floats(16, 32)))
+        stream = net.op("Add", stream, net.op("MatMul", inner, net.floats(32, 16)))
+    net.output(net.op("Slice", stream, net.ints(1), net.ints(16), net.ints(1)))
+    calibration = {"x": np.random.default_rng(0).standard_normal((64, 16), np.float32)}
+    result = prune(net.bytes(), calibration, target={"channels": 1.0}, quantize="int8")
+    assert 0 < result.report.verification.drift[0].relative_error < 0.1
+
+
+def test_weights_of_convolutions_are_stored_per_channel() -> None:
+    """As in depthwise convolutions, whose channels differ in width by far."""
+    net = Net(opset=11)
+    widths = np.logspace(0, 4, 64, dtype=np.float32).reshape(64, 1, 1, 1)
+    x = net.op("Conv", net.input("x", ["N", 8, 8, 8]), net.floats(64, 8, 1, 1))
+    weight = net.const(np.random.default_rng(0).standard_normal((64, 1, 3, 3), np.float32) * widths)
+    y = net.op("Conv", x, weight, group=64, pads=[1, 1, 1, 1])
+    y = net.op("Mul", y, net.const(1 / widths.reshape(64, 1, 1)))
+    net.output(net.op("Conv", y, net.floats(4, 64, 1, 1)))
+    result = prune(net.bytes(), None, target={"channels": 1.0}, quantize="int8_dynamic")
+    assert 0 < result.report.verification.drift[0].relative_error < 0.02
+    proto = onnx.load_from_string(result.model)
+    kinds = [node.op_type for node in proto.graph.node]
+    assert kinds == ["Cast", "Mul"] * 3 + ["Conv", "Conv", "Mul", "Conv"]
+    again = prune(result.model, None, target={"channels": 0.5})
+    assert again.report.after.params < 0.6 * again.report.before.params

@@ -1,10 +1,19 @@
 """int8 in QDQ form, int8 with scales found at run time, and float16.
 
-Each is ONNX Runtime's own: `quantize_static` (per channel, symmetric int8 weights and activations,
-minimum and maximum over the calibration samples), `quantize_dynamic`, and the float16 converter.
-Symmetric weights keep zeros zero: what pruning has taken out stays out. int8 weights have 7 bits:
-on processors without VNNI, ONNX Runtime's kernels add two products in 16 bits, and 8 bits overflow
-there (a tenfold error on the digit models, on AVX2).
+Each is ONNX Runtime's own: `quantize_static` (per channel symmetric int8 weights, uint8 activations
+from their minimum to their maximum over the calibration samples), `quantize_dynamic`, and the
+float16 converter. Symmetric weights keep zeros zero: what pruning has taken out stays out. They
+have 7 bits: on processors without VNNI, ONNX Runtime's kernels add two products in 16 bits, and 8
+bits overflow there (a tenfold error on the digit models, on AVX2). Signed activations would take
+its slow path there (twelve times the time of float32 on MiniLM).
+
+With scales from data, only products become int8, and what passes their operands on. Sums and
+normalisations do not: a residual stream has a few channels a hundred times as wide as the others,
+and one scale for all of them loses those (the loss of a small GPT went from 1.96 to 2.94).
+
+With scales found at run time, the weights of convolutions are only stored as int8, per channel, and
+are float32 again once there is a session: the quantiser has one scale for a whole convolution,
+which MobileNet does not survive (top-1 from .76 to .06), and that takes six times as long.
 """
 
 from __future__ import annotations
@@ -14,12 +23,22 @@ import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx
 from onnxruntime import quantization
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration.data import Feeds
 from secateur.graphops.model.writing import Serialised
+
+_INT8 = (
+    *("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"),
+    *("Relu", "LeakyRelu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Concat", "Split", "Pad", "Resize"),
+    *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
+)
+_INT8_DYNAMIC = ("MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayerNormalization")
+_STORED = 256  # weights of a convolution from which on storing them as int8 pays for two more nodes
 
 
 def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Serialised:
@@ -44,8 +63,8 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
         result = _float16(proto) if how == "fp16" else _int8(proto, how, batches)
     except Exception as error:  # whatever a library raises on a graph that it did not foresee
         raise _cannot(how, f"ONNX Runtime's quantiser fails on the model: {error}", "") from error
-    changed = _halves(result) if how == "fp16" else _quantised(result)
-    if not changed:
+    kind = onnx.TensorProto.FLOAT16 if how == "fp16" else onnx.TensorProto.INT8
+    if not _quantised(result) and all(one.data_type != kind for one in result.graph.initializer):
         raise _cannot(how, "the model has no operator that it can quantise", "none")
     content = result.SerializeToString(deterministic=True)
     return Serialised(content, None, len(content))
@@ -66,7 +85,8 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
                     _Reader(batches),
                     quant_format=quantization.QuantFormat.QDQ,
                     per_channel=True,
-                    activation_type=quantization.QuantType.QInt8,
+                    op_types_to_quantize=_INT8,
+                    activation_type=quantization.QuantType.QUInt8,
                     weight_type=quantization.QuantType.QInt8,
                     reduce_range=True,
                 )
@@ -74,13 +94,48 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
                 quantization.quantize_dynamic(
                     source,
                     result,
+                    op_types_to_quantize=_INT8_DYNAMIC,
                     per_channel=True,
                     weight_type=quantization.QuantType.QInt8,
                     reduce_range=True,
                 )
-            return onnx.load(result)
+            found = onnx.load(result)
+            if how == "int8_dynamic":
+                _store_convolutions(found.graph)
+            return found
     finally:
         logging.root.setLevel(level)
+
+
+def _store_convolutions(graph: onnx.GraphProto) -> None:
+    """Has weights of convolutions be computed from int8, in place: w = scale · q, per slice of axis
+    0. Cast and Mul of constants, as sessions fold them; DequantizeLinear would run each time."""
+    read = {n.input[1] for n in graph.node if n.op_type in ("Conv", "ConvTranspose")}
+    kept, made = [], []
+    for tensor in graph.initializer:
+        weight = onnx.numpy_helper.to_array(tensor) if tensor.name in read else None
+        if weight is None or weight.dtype != np.float32 or weight.size < _STORED:
+            kept.append(tensor)
+            continue
+        name = tensor.name
+        scale = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True) / np.float32(
+            127
+        )
+        scale[scale == 0] = 1
+        stored = np.round(weight / scale).astype(np.int8)
+        kept.append(onnx.numpy_helper.from_array(stored, f"{name}_int8"))
+        kept.append(onnx.numpy_helper.from_array(scale, f"{name}_scale"))
+        cast = onnx.helper.make_node(
+            "Cast", [f"{name}_int8"], [f"{name}_cast"], f"{name}_Cast", to=onnx.TensorProto.FLOAT
+        )
+        scaled = onnx.helper.make_node(
+            "Mul", [f"{name}_cast", f"{name}_scale"], [name], f"{name}_Mul"
+        )
+        made += [cast, scaled]
+    nodes = [*made, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
 
 
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -108,14 +163,6 @@ def _quantised(proto: onnx.ModelProto) -> list[str]:
         node.name or node.output[0]
         for node in proto.graph.node
         if node.op_type in kinds or node.op_type.startswith(("QLinear", "DynamicQuantize"))
-    ]
-
-
-def _halves(proto: onnx.ModelProto) -> list[str]:
-    return [
-        tensor.name
-        for tensor in proto.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT16
     ]
 
 
