@@ -104,7 +104,7 @@ class Recipe(BaseModel):
         scope: `local` takes the same share of every group; `global` ranks all units together;
             `measured` takes from each group what the outputs miss least, by trial cuts on
             calibration data. None: `measured` with calibration data and a budget (`macs`,
-            `params`), else `local`.
+            `params`), else `local`; `global` where only single weights go.
         ignore: globs over node and initializer names whose channels must all stay.
         round_to: kept channel counts become multiples of this (where anything is cut). Not
             given: `channels` is met to the unit, and budgets take multiples of 8 in groups of 64
@@ -116,7 +116,7 @@ class Recipe(BaseModel):
             result is the original with zeros where what went was read.
         sparsity: which single weights become zero: at least a share (`0.7`), all but N of every M
             input channels (`2:4`), or blocks of outputs × inputs (`4x1`: half of them;
-            `0.7@4x1`). With `scope="global"` the share is of all layers together.
+            `0.7@4x1`). With `scope="global"` the share is of all layers together, else of each.
         weight_criterion: how single weights are ranked: by `magnitude`, by `wanda`, or by
             `second_order`, which updates the weights that stay; the last two need calibration
             data. None: `second_order` with calibration data, else `magnitude`.
@@ -321,6 +321,8 @@ class Recipe(BaseModel):
         if self.units:
             chosen["criterion"] = self.criterion or ("reconstruction" if calibrated else "l2")
             chosen["scope"] = self.scope or ("measured" if calibrated and budget else "local")
+        elif "weight" in self.granularity:
+            chosen["scope"] = self.scope or "global"
         for field, needs in (
             ("scope", "measured"),
             ("weight_criterion", "wanda"),

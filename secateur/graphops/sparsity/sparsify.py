@@ -94,11 +94,15 @@ def place_of(layer: _Layer) -> str:
 def _shared_out(scored: Sequence[tuple[_Layer, Matrix]]) -> Mapping[str, int]:
     """How many blocks of each layer go under one threshold for all of them.
 
-    Scores are relative to the mean of their layer. The best block of each layer stays.
+    A score counts as its share of what scores as much or more in its layer (Lee, Park, Mo, Ahn,
+    Shin: Layer-Adaptive Sparsity for the Magnitude-Based Pruning, ICLR 2021, there of squared
+    weights): small layers, of which each weight is a larger part, keep more. The best block of each
+    layer stays.
     """
     lines = []
     for _, scores in scored:
-        line = np.sort(scores.reshape(-1) / (scores.mean() or 1.0))
+        line = np.sort(scores.reshape(-1))
+        line = line / np.maximum(np.cumsum(line[::-1])[::-1], np.finfo(line.dtype).tiny)
         line[-1] = np.inf
         lines.append(line)
     everything = np.concatenate(lines)
