@@ -137,3 +137,23 @@ def test_weights_of_convolutions_are_stored_per_channel() -> None:
     assert kinds == ["Cast", "Mul"] * 3 + ["Conv", "Conv", "Mul", "Conv"]
     again = prune(result.model, None, target={"channels": 0.5})
     assert again.report.after.params < 0.6 * again.report.before.params
+
+
+@pytest.mark.parametrize("how", ["int8", "int8_dynamic", "fp16"])
+def test_weights_among_the_inputs_are_quantised_too(how: str) -> None:
+    proto = onnx.load(DIGITS / "digits_cnn.onnx")
+    for tensor in proto.graph.initializer:
+        value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        proto.graph.input.append(value)
+    proto.ir_version = 3
+    result = prune(proto.SerializeToString(), quantize=how)
+    assert result.report.after.bytes < 0.5 * result.report.before.bytes
+
+
+def test_what_runtime_cannot_load_once_quantised_is_refused() -> None:
+    """float16 is nothing that its quantiser takes, and it does not say so."""
+    halves = prune(DIGITS / "digits_cnn.onnx", quantize="fp16").model
+    with pytest.raises(Refused) as caught:
+        prune(halves, target={"channels": 1.0}, quantize="int8_dynamic")
+    assert caught.value.refusal.code is Code.INVALID_RECIPE
+    assert "cannot load what its quantiser makes" in caught.value.refusal.message

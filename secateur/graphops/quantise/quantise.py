@@ -29,6 +29,7 @@ from onnxruntime import quantization
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration.data import Feeds
+from secateur.graphops.model.runtime import first_line, open_session
 from secateur.graphops.model.writing import Serialised
 
 _INT8 = (
@@ -56,6 +57,7 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     if serialised.weights is not None:
         raise _cannot(how, "the model is too large for one file", f"{serialised.size} bytes")
     proto = onnx.ModelProto.FromString(serialised.model)
+    _fix_initializers(proto)
     quantised = _quantised(proto)
     if quantised and how != "fp16":
         raise _cannot(how, "the model is quantised already", f"node {quantised[0]!r}")
@@ -67,7 +69,23 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     if not _quantised(result) and all(one.data_type != kind for one in result.graph.initializer):
         raise _cannot(how, "the model has no operator that it can quantise", "none")
     content = result.SerializeToString(deterministic=True)
+    try:
+        open_session(content, lean=True)
+    except Exception as error:  # of types that its operators do not take, or of subgraphs
+        why = "ONNX Runtime cannot load what its quantiser makes of the model"
+        raise _cannot(how, why, first_line(error)) from None
     return Serialised(content, None, len(content))
+
+
+def _fix_initializers(proto: onnx.ModelProto) -> None:
+    """Takes weights out of the inputs, where callers might give others, and quantisers leave them
+    alone."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    inputs = [one for one in proto.graph.input if one.name not in weights]
+    if len(inputs) < len(proto.graph.input):
+        del proto.graph.input[:]
+        proto.graph.input.extend(inputs)
+        proto.ir_version = max(proto.ir_version, 4)  # from which on they need not be inputs
 
 
 def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.ModelProto:
