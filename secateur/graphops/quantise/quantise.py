@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnxruntime import quantization
 
 from secateur.errors import Code, Refused, refuse
@@ -39,6 +40,7 @@ _INT8 = (
     *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"),
 )
 _INT8_DYNAMIC = ("MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayerNormalization")
+_PER_CHANNEL_OPSET = 13  # from which on DequantizeLinear has an axis
 _STORED = 256  # weights of a convolution from which on storing them as int8 pays for two more nodes
 
 
@@ -57,7 +59,8 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     if serialised.weights is not None:
         raise _cannot(how, "the model is too large for one file", f"{serialised.size} bytes")
     proto = onnx.ModelProto.FromString(serialised.model)
-    _fix_initializers(proto)
+    _find_weights(proto.graph)
+    proto.ir_version = max(proto.ir_version, 4)  # from which on weights need not be inputs
     quantised = _quantised(proto)
     if quantised and how != "fp16":
         raise _cannot(how, "the model is quantised already", f"node {quantised[0]!r}")
@@ -77,45 +80,56 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     return Serialised(content, None, len(content))
 
 
-def _fix_initializers(proto: onnx.ModelProto) -> None:
-    """Takes weights out of the inputs, where callers might give others, and quantisers leave them
-    alone."""
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    inputs = [one for one in proto.graph.input if one.name not in weights]
-    if len(inputs) < len(proto.graph.input):
-        del proto.graph.input[:]
-        proto.graph.input.extend(inputs)
-        proto.ir_version = max(proto.ir_version, 4)  # from which on they need not be inputs
+def _find_weights(graph: onnx.GraphProto) -> None:
+    """Makes every weight an initializer and no input, in place: quantisers look nowhere else."""
+    nodes = []
+    for node in graph.node:
+        values = [one.t for one in node.attribute if one.name == "value"]
+        if node.op_type == "Constant" and values and values[0].data_type == onnx.TensorProto.FLOAT:
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(values[0])
+            tensor.name = node.output[0]
+        else:
+            nodes.append(node)
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [one for one in graph.input if one.name not in weights]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
+    graph.input.extend(inputs)
 
 
 def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.ModelProto:
     """The quantiser reads and writes files: they lie in a folder that goes again."""
+    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
+    if how == "int8" and opset < _PER_CHANNEL_OPSET:
+        proto = onnx.version_converter.convert_version(proto, _PER_CHANNEL_OPSET)
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # it recommends a pre-processing that we have done
     try:
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
             source, result = pathlib.Path(folder, "float.onnx"), pathlib.Path(folder, "int8.onnx")
             source.write_bytes(proto.SerializeToString(deterministic=True))
+            # what onnx cannot infer the type of, behind other domains' operators, is float32
+            common = {
+                "per_channel": True,
+                "weight_type": quantization.QuantType.QInt8,
+                "reduce_range": True,
+                "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
+            }
             if how == "int8":
                 quantization.quantize_static(
                     source,
                     result,
                     _Reader(batches),
                     quant_format=quantization.QuantFormat.QDQ,
-                    per_channel=True,
                     op_types_to_quantize=_INT8,
                     activation_type=quantization.QuantType.QUInt8,
-                    weight_type=quantization.QuantType.QInt8,
-                    reduce_range=True,
+                    nodes_to_exclude=_grouped_transposed(proto.graph),
+                    **common,
                 )
             else:
                 quantization.quantize_dynamic(
-                    source,
-                    result,
-                    op_types_to_quantize=_INT8_DYNAMIC,
-                    per_channel=True,
-                    weight_type=quantization.QuantType.QInt8,
-                    reduce_range=True,
+                    source, result, op_types_to_quantize=_INT8_DYNAMIC, **common
                 )
             found = onnx.load(result)
             if how == "int8_dynamic":
@@ -123,6 +137,16 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
             return found
     finally:
         logging.root.setLevel(level)
+
+
+def _grouped_transposed(graph: onnx.GraphProto) -> list[str]:
+    """ConvTranspose nodes with groups: the quantiser takes the outputs of one for those of all."""
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "ConvTranspose"
+        and any(a.name == "group" and a.i > 1 for a in node.attribute)
+    ]
 
 
 def _store_convolutions(graph: onnx.GraphProto) -> None:
