@@ -806,3 +806,63 @@ def test_zoo(name: str) -> None:
     model = zoo.load(name)
     half = name.startswith(("fp16", "q_"))
     lawful(model, limit=2e-2 if half else 1e-4, criterion="random")
+
+
+def attending(net: Net, asks: str, told: str) -> None:
+    """Attention of (N, T, 8) over (N, S, 8), four heads of four dimensions.
+
+    Keys are turned in three dimensions, by sizes that are read from them, as PyTorch exports it.
+    """
+    split = net.ints(0, 0, 4, 4)
+    asked, keys, values = (
+        net.op(
+            "Transpose",
+            net.op("Reshape", net.op("MatMul", one, net.floats(8, 16)), split),
+            perm=[0, 2, 1, 3],
+        )
+        for one in (asks, told, told)
+    )
+    sizes = net.op("Shape", keys)
+    n, h, t, d = (net.op("Slice", sizes, net.ints(i), net.ints(i + 1)) for i in range(4))
+    flat = net.op("Reshape", keys, net.op("Concat", net.ints(-1), t, d, axis=0))
+    turned = net.op("Transpose", flat, perm=[0, 2, 1])
+    keys = net.op("Reshape", turned, net.op("Concat", n, h, d, t, axis=0))
+    weights = net.op("Softmax", net.op("MatMul", asked, keys), axis=-1)
+    mixed = net.op("Transpose", net.op("MatMul", weights, values), perm=[0, 2, 1, 3])
+    net.output(net.op("MatMul", net.op("Reshape", mixed, net.ints(0, 0, 16)), net.floats(16, 8)))
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_a_length_that_is_a_multiple_of_the_batch(length: int) -> None:
+    net = Net()
+    x = net.input("x", ["N", "T", 8])
+    attending(net, x, x)
+    calibration = {"x": np.random.default_rng(0).standard_normal((24, length, 8), np.float32)}
+    recipe = secateur.Recipe(target={"channels": 0.5}, criterion="l2", repair=False)
+    result = secateur.prune(net.bytes(), recipe, calibration=calibration, measure_latency=False)
+    session = open_session(result.model)
+    for shape in ((1, 5, 8), (4, length, 8)):
+        assert session.run(None, {"x": np.ones(shape, np.float32)})[0].shape == shape
+
+
+def test_two_lengths_that_need_not_be_equal() -> None:
+    net = Net()
+    attending(net, net.input("x", ["N", "T", 8]), net.input("y", ["N", "S", 8]))
+    session = open_session(lawful(net.model()).model)
+    for asked, of in ((5, 7), (7, 5), (3, 3)):
+        feeds = {"x": np.ones((2, asked, 8), np.float32), "y": np.ones((2, of, 8), np.float32)}
+        assert session.run(None, feeds)[0].shape == (2, asked, 8)
+
+
+def test_images_that_need_not_be_square() -> None:
+    net = Net()
+    x = net.op("Conv", net.input("x", ["N", 4, "H", "W"]), net.floats(16, 4, 1, 1))
+    sizes = net.op("Shape", x)
+    n, c, h, w = (net.op("Slice", sizes, net.ints(i), net.ints(i + 1)) for i in range(4))
+    x = net.op("Reshape", x, net.op("Concat", n, c, net.op("Mul", h, w), axis=0))
+    x = net.op("Reshape", net.op("Relu", x), net.op("Concat", n, c, h, w, axis=0))
+    net.output(net.op("Conv", x, net.floats(4, 16, 1, 1)))
+    session = open_session(lawful(net.model()).model)
+    for high, wide in ((5, 7), (7, 5), (6, 6)):
+        shape = (2, 4, high, wide)
+        assert session.run(None, {"x": np.ones(shape, np.float32)})[0].shape == shape

@@ -127,30 +127,50 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
     counted = [(attempt, _FOUND) for attempt in range(candidates - 1) if skeleton.finds]
     for attempt, found in [*counted, *attempts]:
         last = attempt == candidates - 1
-        bindings = _bindings(model.graph, attempt, given, alone=last)
+        alike = _bindings(model.graph, attempt, given, alone=last, apart=False)
         try:
-            first = skeleton.infer(bindings[0], found[0], strict=not last)
-            second = skeleton.infer(bindings[1], found[1], strict=not last)
+            first = skeleton.infer(alike[0], found[0], strict=not last)
         except _InvalidBinding:
             continue
-        if skeleton.impossible and bindings[0] == bindings[1]:
-            raise refuse(
-                Code.INVALID_MODEL,
-                f"node {skeleton.impossible!r} would put out a tensor of a negative size",
-                nodes=(skeleton.impossible,),
-                expected="a kernel no wider than what it slides over",
-                found="one that is wider",
-                hint="Give the model a larger input, or pad it before the node.",
-            )
-        inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
-        return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
+        apart = _bindings(model.graph, attempt, given, alone=last, apart=True)
+        for bindings in (apart, alike) if apart != alike and not last else (alike,):
+            try:
+                second = skeleton.infer(bindings[1], found[1], strict=not last)
+            except _InvalidBinding:
+                continue
+            if skeleton.impossible and bindings[0] == bindings[1]:
+                raise refuse(
+                    Code.INVALID_MODEL,
+                    f"node {skeleton.impossible!r} would put out a tensor of a negative size",
+                    nodes=(skeleton.impossible,),
+                    expected="a kernel no wider than what it slides over",
+                    found="one that is wider",
+                    hint="Give the model a larger input, or pad it before the node.",
+                )
+            inputs = {name: (bindings[0][name], bindings[1][name]) for name in bindings[0]}
+            return Shapes(inputs, first[0], second[0], first[1], second[1], first[2])
     raise AssertionError("the last attempt is not strict and cannot fail")
 
 
 def _bindings(
-    graph: ir.Graph, attempt: int, given: Mapping[str, tuple[int, ...]] | None, alone: bool
+    graph: ir.Graph,
+    attempt: int,
+    given: Mapping[str, tuple[int, ...]] | None,
+    *,
+    alone: bool,
+    apart: bool,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Two sizes for every symbolic axis.
+
+    Args:
+        graph: of the model.
+        attempt: at sizes that the model takes.
+        given: see `infer_shapes`.
+        alone: whether the model takes no other sizes than those given.
+        apart: whether axes whose names differ do in their second size too.
+    """
     named: dict[str, tuple[int, int]] = {}
+    used: list[tuple[int, int]] = []
     result: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = ({}, {})
     for value in real_inputs(graph):
         name = str(value.name)
@@ -161,6 +181,10 @@ def _bindings(
             if isinstance(dim, int) and dim > 0:
                 pairs.append((dim, dim))
                 continue
+            key = str(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value else ""
+            if key in named:
+                pairs.append(named[key])
+                continue
             pair = _candidate(value, len(dims), axis, attempt)
             if observed is not None and len(observed) == len(dims) and axis > 0:
                 # What the data shows fits. Another size tells what follows it from what is the
@@ -168,11 +192,28 @@ def _bindings(
                 others = [size for size in pair[::-1] if size != observed[axis]]
                 second = others[0] if others and not alone else observed[axis]
                 pair = (observed[axis], second)
-            key = str(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value else ""
-            pairs.append(named.setdefault(key, pair) if key else pair)
+                if not alone:
+                    pair = _told_apart(pair, [_BATCHES])
+            if apart:
+                pair = _told_apart(pair, used)
+            used.append(pair)
+            if key:
+                named[key] = pair
+            pairs.append(pair)
         for which in (0, 1):
             result[which][name] = tuple(pair[which] for pair in pairs)
     return result
+
+
+def _told_apart(pair: tuple[int, int], others: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """With another second size, where these two are as those of another axis, or a multiple."""
+    first, wish = pair
+    step = math.gcd(first, wish)
+    sizes = [wish, *(wish + step * k for n in range(1, 9) for k in (-n, n))]
+    for size in sizes:
+        if 1 < size != first and all(size * a != first * b for a, b in others):
+            return first, size
+    return pair
 
 
 def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int, int]:

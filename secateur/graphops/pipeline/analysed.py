@@ -75,6 +75,15 @@ def examples(analysed: Analysed) -> list[Feeds]:
     return feeds
 
 
+def other_sizes(analysed: Analysed) -> Feeds | None:
+    """Random inputs of other sizes than `examples`, where more than the batch is free. The model
+    need not take them."""
+    shapes = analysed.coupling.shapes
+    if all(first[1:] == second[1:] for first, second in shapes.inputs.values()):
+        return None
+    return example_feeds(analysed.graph, shapes, seed=2, batch=1, other_sizes=True)
+
+
 def one_sample(analysed: Analysed, feeds: Feeds) -> Feeds:
     """The first sample of each input whose batch is free."""
     pairs = analysed.coupling.shapes.inputs

@@ -26,6 +26,7 @@ from secateur.graphops.pipeline.analysed import (
     analyse,
     examples,
     one_sample,
+    other_sizes,
     runnable,
     shapes_of,
 )
@@ -95,6 +96,7 @@ class Pruned:
         evidence: the report, but for what running both models tells.
         warnings: for the report.
         feeds: to run both models by.
+        perhaps: of other sizes, to run both by if the original takes them.
         held_back: whether no fit has seen the feeds.
         sample: one sample of them.
         scored: the original's accuracy.
@@ -111,6 +113,7 @@ class Pruned:
     evidence: functools.partial[Report]
     warnings: tuple[str, ...]
     feeds: Sequence[Feeds]
+    perhaps: Feeds | None
     held_back: bool
     sample: Feeds
     scored: Scored | None
@@ -204,6 +207,7 @@ def prune_unverified(
             *too_wide(sparse_weights, recipe),
         ),
         feeds=feeds,
+        perhaps=other_sizes(analysed) if samples is None else None,
         held_back=samples is not None and samples.held_back,
         sample=one_sample(analysed, feeds[0]),
         scored=scored,

@@ -22,6 +22,7 @@ def example_feeds(
     shapes: Shapes,
     *,
     batch: int | None = None,
+    other_sizes: bool = False,
     seed: int = 0,
 ) -> Feeds:
     """Random inputs that a model accepts.
@@ -31,7 +32,8 @@ def example_feeds(
 
     Args:
         graph: of the model.
-        shapes: of its tensors; sizes are those of the first binding.
+        shapes: of its tensors.
+        other_sizes: sizes are those of the second binding, not of the first.
         batch: instead of the bound batch size, where the batch is free.
         seed: of the draw.
     """
@@ -41,7 +43,7 @@ def example_feeds(
     for value in real_inputs(graph):
         name = str(value.name)
         pair = shapes.inputs[name]
-        shape = list(pair[0])
+        shape = list(pair[1 if other_sizes else 0])
         if batch is not None and shape and pair[0][0] != pair[1][0]:
             shape[0] = batch
         if math.prod(shape) > _MAX_INPUT:

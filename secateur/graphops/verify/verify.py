@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,19 +40,35 @@ class Answered:
     from_calibration: bool
 
 
-def run_original(model: bytes | str, feeds: Sequence[Feeds], from_calibration: bool) -> Answered:
+def run_original(
+    model: bytes | str,
+    feeds: Sequence[Feeds],
+    from_calibration: bool,
+    perhaps: Feeds | None = None,
+) -> Answered:
     """Runs the original, the ground that the result is compared with.
+
+    Args:
+        model: the original.
+        feeds: what it must take.
+        from_calibration: whether they are calibration samples.
+        perhaps: feeds that it may refuse; then they are left out.
 
     Raises:
         Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message.
     """
+    feeds = list(feeds)
     try:
         session = open_session(model, lean=True)
-        outputs = tuple(session.run(None, feed) for feed in feeds)
+        outputs = [session.run(None, feed) for feed in feeds]
     except Exception as error:
         raise does_not_run(error, feeds[0] if feeds else {}) from None
+    if perhaps is not None:
+        with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
+            outputs.append(session.run(None, perhaps))
+            feeds.append(perhaps)
     names = tuple(output.name for output in session.get_outputs())
-    return Answered(tuple(feeds), outputs, names, signature(session), from_calibration)
+    return Answered(tuple(feeds), tuple(outputs), names, signature(session), from_calibration)
 
 
 def without_tokens(samples: Answered, vocabulary: Vocabulary) -> Answered:
