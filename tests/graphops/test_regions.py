@@ -485,7 +485,9 @@ def test_single_weights_go_after_regions() -> None:
     fields = {"granularity": ["layer", "weight"], "sparsity": "0.5", "target": {"layers": 0.8}}
     result = prune(source, samples(), **fields)
     assert [(one.entry, one.exit) for one in result.plan.removed] == [(streams[2], streams[3])]
-    assert {round(one.density, 1) for one in result.report.sparse_weights} == {0.5}
+    densities = [one.density for one in result.report.sparse_weights]
+    assert all(0 < density < 1 for density in densities)
+    assert np.mean(densities) == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize(
