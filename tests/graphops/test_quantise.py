@@ -157,3 +157,22 @@ def test_what_runtime_cannot_load_once_quantised_is_refused() -> None:
         prune(halves, target={"channels": 1.0}, quantize="int8_dynamic")
     assert caught.value.refusal.code is Code.INVALID_RECIPE
     assert "cannot load what its quantiser makes" in caught.value.refusal.message
+
+
+def test_what_the_quantiser_misreads_stays_in_floats() -> None:
+    """Groups of a ConvTranspose, unnamed and beside unnamed nodes, in an opset before axes."""
+    net = Net(opset=12)
+    x = net.op("Conv", net.input("x", ["N", 4, 6, 6]), net.floats(32, 4, 3, 3), net.floats(32))
+    x = net.op("ConvTranspose", x, net.floats(32, 4, 3, 3), net.floats(16), group=4)
+    net.output(net.op("Conv", x, net.floats(4, 16, 3, 3), net.floats(4)))
+    proto = net.model()
+    for node in proto.graph.node:
+        node.name = ""
+    calibration = {"x": np.random.default_rng(0).standard_normal((32, 4, 6, 6), np.float32)}
+    result = prune(proto, calibration, target={"channels": 1.0}, quantize="int8")
+    assert 0 < result.report.verification.drift[0].relative_error < 0.05
+    weights = {
+        one.name: one.data_type for one in onnx.load_from_string(result.model).graph.initializer
+    }
+    kinds = [kind for name, kind in weights.items() if "quantized" in name and "scale" not in name]
+    assert kinds.count(onnx.TensorProto.INT8) >= 2

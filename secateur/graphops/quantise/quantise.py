@@ -59,7 +59,7 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     if serialised.weights is not None:
         raise _cannot(how, "the model is too large for one file", f"{serialised.size} bytes")
     proto = onnx.ModelProto.FromString(serialised.model)
-    _find_weights(proto.graph)
+    _prepare(proto.graph)
     proto.ir_version = max(proto.ir_version, 4)  # from which on weights need not be inputs
     quantised = _quantised(proto)
     if quantised and how != "fp16":
@@ -80,10 +80,12 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     return Serialised(content, None, len(content))
 
 
-def _find_weights(graph: onnx.GraphProto) -> None:
-    """Makes every weight an initializer and no input, in place: quantisers look nowhere else."""
+def _prepare(graph: onnx.GraphProto) -> None:
+    """Makes every weight an initializer and no input, in place, as quantisers look nowhere else;
+    and names every node, as that is how they are told what to leave alone."""
     nodes = []
     for node in graph.node:
+        node.name = node.name or f"{node.op_type}_of_{node.output[0]}"
         values = [one.t for one in node.attribute if one.name == "value"]
         if node.op_type == "Constant" and values and values[0].data_type == onnx.TensorProto.FLOAT:
             tensor = graph.initializer.add()
@@ -114,6 +116,7 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
                 "per_channel": True,
                 "weight_type": quantization.QuantType.QInt8,
                 "reduce_range": True,
+                "nodes_to_exclude": _misread(proto.graph),
                 "extra_options": {"DefaultTensorType": onnx.TensorProto.FLOAT},
             }
             if how == "int8":
@@ -124,7 +127,6 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
                     quant_format=quantization.QuantFormat.QDQ,
                     op_types_to_quantize=_INT8,
                     activation_type=quantization.QuantType.QUInt8,
-                    nodes_to_exclude=_grouped_transposed(proto.graph),
                     **common,
                 )
             else:
@@ -139,14 +141,19 @@ def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.Mo
         logging.root.setLevel(level)
 
 
-def _grouped_transposed(graph: onnx.GraphProto) -> list[str]:
-    """ConvTranspose nodes with groups: the quantiser takes the outputs of one for those of all."""
+def _misread(graph: onnx.GraphProto) -> list[str]:
+    """Nodes that the quantiser takes for others: of ConvTranspose with groups it counts the outputs
+    of one, and onnx's own Attention it reads as com.microsoft's."""
     return [
         node.name
         for node in graph.node
-        if node.op_type == "ConvTranspose"
-        and any(a.name == "group" and a.i > 1 for a in node.attribute)
+        if (node.op_type == "Attention" and node.domain in ("", "ai.onnx"))
+        or (node.op_type == "ConvTranspose" and _groups(node) > 1)
     ]
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((one.i for one in node.attribute if one.name == "group"), 1)
 
 
 def _store_convolutions(graph: onnx.GraphProto) -> None:
@@ -160,9 +167,8 @@ def _store_convolutions(graph: onnx.GraphProto) -> None:
             kept.append(tensor)
             continue
         name = tensor.name
-        scale = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True) / np.float32(
-            127
-        )
+        widest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
+        scale = widest / np.float32(127)
         scale[scale == 0] = 1
         stored = np.round(weight / scale).astype(np.int8)
         kept.append(onnx.numpy_helper.from_array(stored, f"{name}_int8"))
