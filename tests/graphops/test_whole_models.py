@@ -845,9 +845,12 @@ def test_a_length_that_is_a_multiple_of_the_batch(length: int) -> None:
         assert session.run(None, {"x": np.ones(shape, np.float32)})[0].shape == shape
 
 
-def test_two_lengths_that_need_not_be_equal() -> None:
+@pytest.mark.parametrize("batches", [("N", "N"), ("N", "M")])
+def test_two_lengths_that_need_not_be_equal(batches: tuple[str, str]) -> None:
+    """Exporters may name every batch by itself, though they must be equal."""
     net = Net()
-    attending(net, net.input("x", ["N", "T", 8]), net.input("y", ["N", "S", 8]))
+    asks, told = net.input("x", [batches[0], "T", 8]), net.input("y", [batches[1], "S", 8])
+    attending(net, net.op("Add", asks, net.op("ReduceMean", told, axes=[1])), told)
     session = open_session(lawful(net.model()).model)
     for asked, of in ((5, 7), (7, 5), (3, 3)):
         feeds = {"x": np.ones((2, asked, 8), np.float32), "y": np.ones((2, of, 8), np.float32)}

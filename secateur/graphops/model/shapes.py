@@ -103,6 +103,9 @@ class Shapes:
         return np.asarray(first == second)
 
 
+_Bound = dict[str, tuple[int, ...]]  # sizes of each input
+
+
 class _InvalidBinding(Exception):
     """The sizes chosen for symbolic axes contradict the model."""
 
@@ -127,13 +130,16 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
     counted = [(attempt, _FOUND) for attempt in range(candidates - 1) if skeleton.finds]
     for attempt, found in [*counted, *attempts]:
         last = attempt == candidates - 1
-        alike = _bindings(model.graph, attempt, given, alone=last, apart=False)
+        ways = [_bindings(model.graph, attempt, given, last, apart) for apart in (0, 1, None)]
         try:
-            first = skeleton.infer(alike[0], found[0], strict=not last)
+            first = skeleton.infer(ways[0][0], found[0], strict=not last)
         except _InvalidBinding:
             continue
-        apart = _bindings(model.graph, attempt, given, alone=last, apart=True)
-        for bindings in (apart, alike) if apart != alike and not last else (alike,):
+        tried: list[_Bound] = []
+        for bindings in ways[-1:] if last else ways:
+            if bindings[1] in tried:
+                continue
+            tried.append(bindings[1])
             try:
                 second = skeleton.infer(bindings[1], found[1], strict=not last)
             except _InvalidBinding:
@@ -156,10 +162,9 @@ def _bindings(
     graph: ir.Graph,
     attempt: int,
     given: Mapping[str, tuple[int, ...]] | None,
-    *,
     alone: bool,
-    apart: bool,
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    apart: int | None,
+) -> tuple[_Bound, _Bound]:
     """Two sizes for every symbolic axis.
 
     Args:
@@ -167,11 +172,12 @@ def _bindings(
         attempt: at sizes that the model takes.
         given: see `infer_shapes`.
         alone: whether the model takes no other sizes than those given.
-        apart: whether axes whose names differ do in their second size too.
+        apart: from which axis of each input on other names mean other second sizes: 0, 1 (all
+            batches alike), or None (all of a kind alike).
     """
     named: dict[str, tuple[int, int]] = {}
     used: list[tuple[int, int]] = []
-    result: tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]] = ({}, {})
+    result: tuple[_Bound, _Bound] = ({}, {})
     for value in real_inputs(graph):
         name = str(value.name)
         dims = list(value.shape) if value.shape is not None else []
@@ -194,7 +200,7 @@ def _bindings(
                 pair = (observed[axis], second)
                 if not alone:
                     pair = _told_apart(pair, [_BATCHES])
-            if apart:
+            if apart is not None and axis >= apart:
                 pair = _told_apart(pair, used)
             used.append(pair)
             if key:
