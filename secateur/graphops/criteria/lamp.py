@@ -9,6 +9,8 @@ compare: with `scope=global`, and `normaliser=none`, as the score is a share alr
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +24,11 @@ def lamp(context: Context) -> npt.NDArray[np.float64]:
     scores = np.zeros_like(squares)
     for group in context.coupling.groups:
         descending = group.units[np.argsort(-squares[group.units], kind="stable")]
-        left = np.cumsum(squares[descending])
-        scores[descending] = squares[descending] / np.where(left > 0, left, 1.0)
+        scores[descending] = shares(squares[descending])
     return scores
+
+
+def shares(descending: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """Of each number, its part of the sum of itself and those before it, which are no smaller."""
+    left = np.cumsum(descending)
+    return descending / np.where(left > 0, left, 1)

@@ -22,6 +22,7 @@ from secateur.graphops.calibration.moments import (
     width,
 )
 from secateur.graphops.calibration.network import Network
+from secateur.graphops.criteria.lamp import shares
 from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.names import matching
 from secateur.graphops.model.shapes import Shapes
@@ -94,15 +95,13 @@ def place_of(layer: _Layer) -> str:
 def _shared_out(scored: Sequence[tuple[_Layer, Matrix]]) -> Mapping[str, int]:
     """How many blocks of each layer go under one threshold for all of them.
 
-    A score counts as its share of what scores as much or more in its layer (Lee, Park, Mo, Ahn,
-    Shin: Layer-Adaptive Sparsity for the Magnitude-Based Pruning, ICLR 2021, there of squared
-    weights): small layers, of which each weight is a larger part, keep more. The best block of each
-    layer stays.
+    A score counts as its share of what scores as much or more in its layer, as in `criteria.lamp`:
+    small layers, of which each weight is a larger part, keep more. The best block of each layer
+    stays.
     """
     lines = []
     for _, scores in scored:
-        line = np.sort(scores.reshape(-1))
-        line = line / np.maximum(np.cumsum(line[::-1])[::-1], np.finfo(line.dtype).tiny)
+        line = shares(np.sort(scores.reshape(-1))[::-1])[::-1]
         line[-1] = np.inf
         lines.append(line)
     everything = np.concatenate(lines)
