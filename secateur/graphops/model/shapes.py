@@ -130,16 +130,15 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
     counted = [(attempt, _FOUND) for attempt in range(candidates - 1) if skeleton.finds]
     for attempt, found in [*counted, *attempts]:
         last = attempt == candidates - 1
-        ways = [_bindings(model.graph, attempt, given, last, apart) for apart in (0, 1, None)]
+        kinds = (None,) if last else (0, 1, None)
+        ways = [_bindings(model.graph, attempt, given, last, apart) for apart in kinds]
         try:
             first = skeleton.infer(ways[0][0], found[0], strict=not last)
         except _InvalidBinding:
             continue
-        tried: list[_Bound] = []
-        for bindings in ways[-1:] if last else ways:
-            if bindings[1] in tried:
+        for place, bindings in enumerate(ways):
+            if bindings in ways[:place]:
                 continue
-            tried.append(bindings[1])
             try:
                 second = skeleton.infer(bindings[1], found[1], strict=not last)
             except _InvalidBinding:
