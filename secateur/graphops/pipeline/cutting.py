@@ -44,7 +44,7 @@ from secateur.graphops.pipeline.records import (
 from secateur.graphops.planning import cost
 from secateur.graphops.planning.steps import Mask
 from secateur.graphops.profile import measure
-from secateur.graphops.quantise.quantise import quantise
+from secateur.graphops.quantise.quantise import check_loads, quantise
 from secateur.graphops.repair.expectation import fold
 from secateur.graphops.repair.joint import refit_together
 from secateur.graphops.repair.repair import quantised, repair
@@ -156,6 +156,7 @@ def prune_unverified(
         with clock.stage(Stage.QUANTIZE, recipe.quantize):
             unquantised = serialised
             serialised = quantise(serialised, recipe.quantize, samples.seen if samples else ())
+            check_loads(serialised, recipe.quantize)
     if plan is None:
         _check_size(serialised.size, opened.size, recipe)
     structure, keep = choice.structure, choice.decision.keep
@@ -207,7 +208,7 @@ def prune_unverified(
             *too_wide(sparse_weights, recipe),
         ),
         feeds=feeds,
-        perhaps=other_sizes(analysed) if samples is None else None,
+        perhaps=other_sizes(analysed) if samples is None and known is None else None,
         held_back=samples is not None and samples.held_back,
         sample=one_sample(analysed, feeds[0]),
         scored=scored,

@@ -72,10 +72,8 @@ def prune(
     before, after = done.before, done.after
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
-        feeds, perhaps = done.feeds, done.perhaps
-        if done.known is not None:
-            feeds, perhaps = [done.known.old(feed) for feed in feeds], None
-        samples = checks.run_original(done.source, feeds, calibration is not None, perhaps)
+        feeds = done.feeds if done.known is None else [done.known.old(f) for f in done.feeds]
+        samples = checks.run_original(done.source, feeds, calibration is not None, done.perhaps)
         if done.known is not None:
             samples = checks.without_tokens(samples, done.known)
         verification = checks.verify(done.serialised.runnable, samples, done.held_back)

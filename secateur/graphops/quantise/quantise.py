@@ -72,12 +72,16 @@ def quantise(serialised: Serialised, how: str, batches: Sequence[Feeds]) -> Seri
     if not _quantised(result) and all(one.data_type != kind for one in result.graph.initializer):
         raise _cannot(how, "the model has no operator that it can quantise", "none")
     content = result.SerializeToString(deterministic=True)
+    return Serialised(content, None, len(content))
+
+
+def check_loads(quantised: Serialised, how: str) -> None:
+    """Raises `INVALID_RECIPE` when ONNX Runtime cannot load what its quantiser made."""
     try:
-        open_session(content, lean=True)
+        open_session(quantised.runnable, lean=True)
     except Exception as error:  # of types that its operators do not take, or of subgraphs
         why = "ONNX Runtime cannot load what its quantiser makes of the model"
         raise _cannot(how, why, first_line(error)) from None
-    return Serialised(content, None, len(content))
 
 
 def _prepare(graph: onnx.GraphProto) -> None:
