@@ -26,12 +26,14 @@ ROWS: list[tuple[str, list[int], list[int], int | None, dict[str, Any]]] = [
     ("Conv", [2, 4, 7, 6], [5, 4, 3, 3], 5, {"pads": [1, 0, 2, 1], "strides": [2, 1]}),
     ("Conv", [2, 4, 9, 9], [6, 2, 3, 2], 6, {"group": 2, "dilations": [2, 3]}),
     ("Conv", [2, 4, 7, 7], [4, 1, 3, 3], 4, {"group": 4, "pads": [1, 1, 1, 1]}),
+    ("Conv", [3, 3, 6, 5], [6, 1, 3, 2], 6, {"group": 3, "pads": [1, 0, 1, 1], "strides": [2, 1]}),
     ("Conv", [2, 4, 7, 8], [5, 4, 4, 3], None, {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
     ("Conv", [2, 4, 7, 8], [5, 4, 4, 3], None, {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
     ("Conv", [2, 4, 7, 8], [5, 4, 4, 3], None, {"auto_pad": "VALID"}),
     ("Conv", [2, 4, 9], [5, 4, 3], 5, {"pads": [2, 0]}),
     ("Conv", [2, 3, 4, 5, 6], [2, 3, 2, 2, 2], 2, {"strides": [1, 2, 1]}),
     ("ConvTranspose", [2, 4, 5, 6], [4, 3, 3, 3], 3, {"strides": [2, 1], "pads": [1, 1, 0, 1]}),
+    ("ConvTranspose", [2, 3, 4, 5], [3, 2, 3, 3], 6, {"group": 3, "strides": [2, 2]}),
     ("ConvTranspose", [2, 4, 5], [4, 3, 3], 6, {"group": 2, "dilations": [2]}),
     (
         "ConvTranspose",
@@ -134,7 +136,7 @@ def test_moments_are_those_of_the_rows() -> None:
 
 
 def test_places_are_distinct_and_hang_on_the_seed_alone() -> None:
-    first, again = (sample_places(10**6, 10, 576, np.random.default_rng(3)) for _ in range(2))
+    first, again = (sample_places(10**6, 10, 1, 576, np.random.default_rng(3)) for _ in range(2))
     assert np.array_equal(first, again)
     assert (np.diff(first) > 0).all()
-    assert np.array_equal(sample_places(9, 10, 576, np.random.default_rng(0)), np.arange(9))
+    assert np.array_equal(sample_places(9, 10, 1, 576, np.random.default_rng(0)), np.arange(9))

@@ -6,16 +6,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from nets import Net
 
 import secateur
 from secateur.errors import Code, Refused
+from secateur.graphops.calibration.network import Network
+from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.criteria.reconstruction import Consumer, eliminate
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import allocation
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Steps
 from secateur.graphops.repair.fit import Sums, choose
+from secateur.graphops.repair.repair import repairable, stands
 
 
 def consumer(weight: np.ndarray, rows: np.ndarray, per_unit: int) -> Consumer:
@@ -207,6 +213,39 @@ def test_what_is_left_takes_over_what_it_can(bias: bool) -> None:
     assert whole.report.repair
     assert all(step.error_after <= step.error_before for step in whole.report.repair)
     assert not bare.report.repair
+
+
+def test_where_the_original_stands_all_that_is_aimed_at_is_still_there() -> None:
+    net = Net()
+    x = net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4))
+    branch = net.conv(net.op("Relu", net.conv(x, 4, 6)), 6, 4)
+    y = net.op("Relu", net.op("Add", branch, net.conv(x, 4, 4)))  # both end in the sum
+    net.output(net.conv(y, 4, 2))  # which nothing reads
+    net.output(net.conv(y, 4, 3))
+    opened = open_model(net.bytes())
+    coupling = couple(opened.model, infer_shapes(opened.model))
+    feeds = images(2)
+    network = Network(opened.model, [feeds])
+    found = repairable(opened.model, coupling.shapes)
+    wanted = [target.end.observed for target in found]
+    session = onnxruntime.InferenceSession(with_outputs(net.bytes(), wanted))
+    places = stands(opened.model, found)
+    assert [node is None for node in places] == [False] * 4 + [True] * 2
+    for place, (stand, expected) in enumerate(zip(places, session.run(wanted, feeds), strict=True)):
+        if stand is not None:
+            network.advance(stand)
+        left = network.piece(wanted[place:]).run(0)
+        assert np.allclose(left[wanted[place]], expected, atol=1e-5)
+
+
+def with_outputs(model: bytes, names: list[str]) -> bytes:
+    """The model, giving other tensors too."""
+    proto = onnx.load_from_string(model)
+    given = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in given
+    )
+    return proto.SerializeToString()
 
 
 def test_the_same_call_gives_the_same_bytes() -> None:

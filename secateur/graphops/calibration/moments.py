@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops import rules
-from secateur.graphops.calibration.network import Network
+from secateur.graphops.calibration.network import Network, OutputShapes
 from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.quantised import dequantiser, real_tensor
 from secateur.graphops.model.shapes import Shapes
@@ -28,8 +28,10 @@ Matrix = npt.NDArray[np.float64]
 # Entries of x beyond which a matrix of second moments is too large to hold and to factor.
 WIDEST = 6144
 # Rows: as many as this many multiply-accumulates allow (a fifth of a second on one core), but
-# enough for the number of entries, and no more than can be told apart.
+# enough for the number of entries, and no more than can be told apart. To gather an entry takes as
+# long as so many: of a depthwise convolution, which multiplies little, that is nearly all.
 _WORK = 1.2e10
+_GATHERED = 64
 _ROWS_PER_ENTRY = 12
 _MOST_ROWS = 65536
 _LEAST_DAMPING = 1e-3
@@ -43,6 +45,13 @@ def gram(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         product = np.matmul(rows.transpose(0, 2, 1), rows)
     else:
         product = (rows[0].T @ rows[0])[None]  # NumPy sees that it is symmetric: half the work
+    return product
+
+
+def total(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Σ x, shape (groups, k), of rows (groups, places, k)."""
+    ones = np.ones((1, rows.shape[1]), rows.dtype)
+    product: npt.NDArray[np.float32] = np.matmul(ones, rows)[:, 0]
     return product
 
 
@@ -68,7 +77,7 @@ class Moments:
     def add(self, rows: npt.NDArray[np.float32]) -> None:
         """Adds x[p], shape (groups, places, k)."""
         self.count += rows.shape[1]
-        self.total += rows.sum(axis=1, dtype=np.float64)
+        self.total += total(rows)
         self.second += gram(rows)
 
     def mean(self) -> Matrix:
@@ -158,17 +167,19 @@ def _sizes(view: LinearMap) -> tuple[int, int, int]:
 
 
 def sample_places(
-    positions: int, batches: int, entries: int, generator: np.random.Generator
+    positions: int, batches: int, groups: int, entries: int, generator: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Positions of one batch to look at, ascending.
 
     Args:
         positions: of the output, all samples of the batch together.
         batches: how many there will be.
-        entries: of x.
+        groups: maps side by side.
+        entries: of x in each of them.
         generator: draws them where there are more than are needed.
     """
-    rows = max(min(int(_WORK / entries**2), _MOST_ROWS), _ROWS_PER_ENTRY * entries)
+    affordable = int(_WORK / (groups * entries * (entries + _GATHERED)))
+    rows = max(min(affordable, _MOST_ROWS), _ROWS_PER_ENTRY * entries)
     wanted = -(-rows // batches)
     if positions <= wanted:
         return np.arange(positions)
@@ -214,18 +225,15 @@ def _reading(view: LinearMap) -> object:
 def _of_one(network: Network, view: LinearMap, seed: int) -> Moments:
     network.advance(view.node)
     x, y = str(view.node.inputs[0].name), str(view.node.outputs[0].name)  # type: ignore[union-attr]
-    before, through = network.piece([x]), network.piece([x, y])
-    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # of y by that of x
+    before, shapes = network.piece([x]), OutputShapes(network, y)
     generator = np.random.default_rng(seed)
     entries = width(view)
     moments = Moments.zeros(view.groups, entries)
     for batch in range(network.batches):
         data = before.run(batch)[x]
-        if data.shape not in shapes:  # the node itself need not run for more
-            shapes[data.shape] = through.run(batch)[y].shape
-        shape = shapes[data.shape]
+        shape = shapes.of(batch, data)
         positions = math.prod(shape) // shape[view.y_axis]
-        places = sample_places(positions, network.batches, entries, generator)
-        moments.add(view.rows(data, shape, places).astype(np.float32))
+        places = sample_places(positions, network.batches, view.groups, entries, generator)
+        moments.add(view.rows(data, shape, places).astype(np.float32, copy=False))
     moments.count = max(moments.count, 1)  # where no sample came by (an expert): as if zeros had
     return moments

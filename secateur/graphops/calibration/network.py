@@ -160,6 +160,30 @@ class Piece:
         return found
 
 
+class OutputShapes:
+    """Shapes of what a node puts out by those of what it reads; the node runs once for each.
+
+    Args:
+        network: standing before the node.
+        y: what the node puts out.
+    """
+
+    def __init__(self, network: Network, y: str) -> None:
+        self._through, self._y = network.piece([y]), y
+        self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def of(self, batch: int, x: Array) -> tuple[int, ...]:
+        """The shape of y.
+
+        Args:
+            batch: that x is of.
+            x: what the node reads.
+        """
+        if x.shape not in self._known:
+            self._known[x.shape] = self._through.run(batch)[self._y].shape
+        return self._known[x.shape]
+
+
 def read_by(node: ir.Node) -> list[ir.Value]:
     """What a node reads: its inputs, and what its subgraphs take from outside."""
     found = [value for value in node.inputs if value is not None and value.name]

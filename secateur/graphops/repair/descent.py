@@ -65,7 +65,7 @@ class Descending:
         """
         groups, out, entries = self.weight.shape
         positions = slope.size // (groups * out)
-        places = sample_places(positions, batches, entries, generator)
+        places = sample_places(positions, batches, groups, entries, generator)
         rows = self._target.rows(x, slope.shape, places).astype(np.float32, copy=False)
         slopes = pick_rows(slope, self._target.y_axis, places)
         slopes = slopes.reshape(len(places), groups, out).transpose(1, 2, 0)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from secateur.graphops.calibration.moments import gram
+from secateur.graphops.calibration.moments import gram, total
 
 Matrix = npt.NDArray[np.float64]
 
@@ -57,7 +57,7 @@ class Sums:
             y: (groups, rows, out).
         """
         self.count += x.shape[1]
-        self.x += x.sum(axis=1, dtype=np.float64)
+        self.x += total(x)
         self.y += y.sum(axis=1, dtype=np.float64)
         self.xx += gram(x)
         self.yx += np.matmul(y.transpose(0, 2, 1), x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from secateur.graphops import rules
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.calibration.moments import WIDEST, linear_maps, sample_places, width
-from secateur.graphops.calibration.network import Network, Piece
+from secateur.graphops.calibration.network import Network, OutputShapes, Piece, last_uses
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.graph import constant_of, node_label
@@ -51,12 +51,13 @@ def repair(
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
     nodes = {_first(node): node for node in observed.model.graph}
     found = [one for one in repairable(pruned, observed.coupling.shapes) if _y(one) in nodes]
+    places = stands(observed.model, found)
     opsets = dict(pruned.opset_imports)
     steps, refitted = [], set[str]()
     for place, target in enumerate(found):
         if _follows(target.node, refitted):
             continue
-        before.advance(nodes[_y(target)])
+        before.advance(places[place] or nodes[_y(target)])
         after.advance(target.node)
         flat, whole = _flat_beyond(target, opsets), nodes[_y(target)]
         given = target, flat, before, after, observed, keep, seed + place
@@ -77,6 +78,26 @@ def repair(
                     refitted.add(target.end.observed)
         tell((place + 1) / len(found))
     return tuple(steps)
+
+
+def stands(original: ir.Model, found: Sequence[Repairable]) -> list[ir.Node | None]:
+    """Where the original can stand so that what each fit aims at has run; None: no such place.
+
+    That is behind it, unless a later fit aims at something before.
+
+    Args:
+        original: that the targets are tensors of.
+        found: in the order in which they are fitted.
+    """
+    order = list(original.graph)
+    made = {str(value.name): place for place, node in enumerate(order) for value in node.outputs}
+    read, first, places = last_uses(order), len(order), list[ir.Node | None]()
+    for target in reversed(found):
+        place = made.get(target.end.observed, -1)
+        first = min(first, place)
+        held = place > first or read.get(target.end.observed, -1) > place
+        places.append(order[first + 1] if held and first + 1 < len(order) else None)
+    return places[::-1]
 
 
 def make_room(pruned: ir.Model, coupling: Coupling) -> None:
@@ -208,7 +229,8 @@ class _Fit:
     ) -> None:
         self._target, self._flat, self._y = target, flat, _y(target)
         self._wanted: Piece = before.piece([target.end.observed])
-        self._found: Piece = after.piece([target.x, self._y, *target.end.rest])
+        self._found: Piece = after.piece([target.x, *target.end.rest])
+        self._shapes = OutputShapes(after, self._y)
         self._coupling, self._keep = observed.coupling, keep
         self._judging = observed.judges_with
         self._generator = np.random.default_rng(seed)
@@ -251,19 +273,24 @@ class _Fit:
         values = self._found.run(batch)
         name = target.end.observed
         goal = kept_positions(self._wanted.run(batch)[name], name, self._coupling, self._keep)
-        y_shape = values[self._y].shape
+        y_shape = self._shapes.of(batch, values[target.x])
         rest = [values[name] for name in target.end.rest]
         if any(array.shape != y_shape for array in (goal, *rest)):
             return None
         positions = goal.size // y_shape[target.y_axis]
-        places = sample_places(positions, self._batches, entries, self._generator)
+        places = sample_places(positions, self._batches, groups, entries, self._generator)
         added = np.zeros((len(places), groups * out), np.float32)
         for array in rest:
             added += pick_rows(array, target.y_axis, places)
         aim = pick_rows(goal, target.y_axis, places).astype(np.float32) - added
         x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
-        split = (len(places), groups, out)
-        return x, aim.reshape(split).transpose(1, 0, 2), added.reshape(split).transpose(1, 0, 2)
+        aim, added = (_by_group(array, groups) for array in (aim, added))
+        return x, aim, added
+
+
+def _by_group(y: Rows, groups: int) -> Rows:
+    """(rows, groups · out) as (groups, rows, out), laid out as BLAS reads it."""
+    return np.ascontiguousarray(y.reshape(len(y), groups, y.shape[1] // groups).transpose(1, 0, 2))
 
 
 class _GatesFit(_Fit):
@@ -282,14 +309,14 @@ class _GatesFit(_Fit):
         self._weight = weight if units is None else weight[:, self._keep[units]]
 
     def _rows(self, batch: int, shape: tuple[int, ...]) -> tuple[Rows, Rows, Rows] | None:
-        target, entries = self._target, shape[2]
+        target, (groups, _, entries) = self._target, shape
         found = self._found.run(batch)[target.x]
         wanted = self._wanted.run(batch)[target.x]
         if found.shape[:2] != wanted.shape[:2]:
             return None
         positions = found.shape[0] * found.shape[1]
-        places = sample_places(positions, self._batches, entries, self._generator)
+        places = sample_places(positions, self._batches, groups, entries, self._generator)
         weight = self._weight.astype(np.float32)
         aim = target.rows(wanted, wanted.shape, places) @ weight.transpose(0, 2, 1)
         x = target.rows(found, found.shape, places).astype(np.float32, copy=False)
-        return np.broadcast_to(x, (shape[0], *x.shape[1:])), aim, np.zeros_like(aim)
+        return np.broadcast_to(x, (groups, *x.shape[1:])), aim, np.zeros_like(aim)

@@ -12,7 +12,7 @@ What both kinds of view have:
     x_axis, y_axis       the axis of input 0 that is summed over, and that of the output's channels
     groups               independent maps side by side (grouped convolution)
     rows(x, shape, p)    x[p], (groups, places, k), of an output of that shape; p are flat indices
-                         of its positions, its channel axis left out
+                         of its positions, its channel axis left out, ascending
     channels(size)       (groups, k): of which position of `x_axis` each entry of x[p] is
     matrix(weight)       W, (groups, out / groups, k); `tensor` is its inverse
 """
@@ -36,7 +36,8 @@ Places = npt.NDArray[np.int64]
 
 def pick_rows(y: Floats, axis: int, places: Places) -> Floats:
     """y[p], shape (places, channels)."""
-    rows: Floats = np.moveaxis(y, axis, -1).reshape(-1, y.shape[axis])[places]
+    moved = np.moveaxis(y, axis, -1)
+    rows: Floats = moved[np.unravel_index(places, moved.shape[:-1])]  # no copy of all of y
     return rows
 
 
@@ -129,7 +130,7 @@ class Convolution:
         begins = self._begins(sizes, spatial)
         offsets = np.indices(self.kernel).reshape(len(self.kernel), -1)  # (axes, kernel)
         valid = np.ones((places.size, offsets.shape[1]), np.bool_)
-        index: list[Any] = [sample[:, None], slice(None)]
+        index = []
         for axis, size in enumerate(sizes):
             step, spread = self.strides[axis], self.dilations[axis] * offsets[axis]
             if self.transposed:
@@ -140,12 +141,14 @@ class Convolution:
                 position = where[axis][:, None] * step - begins[axis] + spread
             valid &= (position >= 0) & (position < size)
             index.append(np.clip(position, 0, size - 1))
-        patches = x[tuple(index)]  # (places, kernel, channels): the slice goes last
+        if self.groups == x.shape[1]:
+            return _depthwise(x, sample, np.ravel_multi_index(index, sizes), valid)
+        patches = x[(sample[:, None], slice(None), *index)]  # (places, kernel, channels)
         if not valid.all():
             patches = patches * valid[..., None]
         split = patches.reshape(*valid.shape, self.groups, -1)
-        rows: Floats = np.moveaxis(split, 2, 0).reshape(self.groups, places.size, -1)
-        return rows
+        rows: Floats = np.moveaxis(split, 2, 0)
+        return np.ascontiguousarray(rows).reshape(self.groups, places.size, -1)
 
     def channels(self, size: int) -> npt.NDArray[np.int64]:
         """Every channel of the group once per kernel position."""
@@ -182,6 +185,23 @@ class Convolution:
             total = max((small - 1) * self.strides[axis] + reach - large, 0)
             begins.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
         return begins
+
+
+def _depthwise(x: Floats, sample: Places, at: Places, valid: npt.NDArray[np.bool_]) -> Floats:
+    """Patches of one channel each, laid out as BLAS reads them: a tenth of the time.
+
+    Args:
+        x: (samples, channels, …).
+        sample: (places,), ascending.
+        at: (places, kernel), flat indices of spatial positions.
+        valid: shaped like `at`; zeros elsewhere.
+    """
+    rows = np.empty((x.shape[1], *at.shape), x.dtype)
+    ends = np.searchsorted(sample, np.arange(len(x) + 1))
+    for one, start, end in zip(x.reshape(*x.shape[:2], -1), ends, ends[1:], strict=False):
+        rows[:, start:end] = np.take(one, at[start:end], axis=1, mode="clip")
+    rows *= valid
+    return rows
 
 
 def linear_conv(node: ir.Node, x_shape: Sequence[int], w_shape: Sequence[int]) -> LinearMap | None:
