@@ -15,6 +15,7 @@ from onnx import numpy_helper
 import secateur
 from secateur.errors import Code, Refused
 from secateur.graphops.model.writing import Serialised
+from secateur.graphops.quantise import quantise as stage
 from secateur.graphops.quantise.quantise import quantise
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
@@ -157,6 +158,26 @@ def test_what_runtime_cannot_load_once_quantised_is_refused() -> None:
         prune(halves, target={"channels": 1.0}, quantize="int8_dynamic")
     assert caught.value.refusal.code is Code.INVALID_RECIPE
     assert "cannot load what its quantiser makes" in caught.value.refusal.message
+
+
+def test_what_is_right_until_it_is_quantised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where numbers leave the range of float16, which hangs on what ONNX Runtime fuses."""
+    net = Net()
+    net.output(net.conv(net.op("Relu", net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8)), 8, 4))
+    real = stage._float16
+
+    def overflowing(proto: onnx.ModelProto) -> onnx.ModelProto:
+        result = real(proto)
+        for tensor in result.graph.initializer:
+            infinite = np.full_like(numpy_helper.to_array(tensor), np.inf)
+            tensor.CopyFrom(numpy_helper.from_array(infinite, tensor.name))
+        return result
+
+    monkeypatch.setattr(stage, "_float16", overflowing)
+    with pytest.raises(Refused) as caught:
+        prune(net.bytes(), None, quantize="fp16")
+    assert caught.value.refusal.code is Code.INVALID_RECIPE
+    assert "is not finite" in caught.value.refusal.message
 
 
 def test_what_the_quantiser_misreads_stays_in_floats() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 
+from secateur.errors import VerificationFailed
 from secateur.graphops.calibration import CalibrationSource
 from secateur.graphops.model.aside import LARGE
 from secateur.graphops.model.opening import ModelSource, open_model
@@ -13,6 +14,7 @@ from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.cutting import Given, Pruned, prune_unverified
 from secateur.graphops.pipeline.records import warnings_of
 from secateur.graphops.profile import measure
+from secateur.graphops.quantise.quantise import does_not_hold
 from secateur.graphops.verify import verify as checks
 from secateur.plan import Plan
 from secateur.recipe import Recipe
@@ -76,8 +78,7 @@ def prune(
         samples = checks.run_original(done.source, feeds, calibration is not None, done.perhaps)
         if done.known is not None:
             samples = checks.without_tokens(samples, done.known)
-        verification = checks.verify(done.serialised.runnable, samples, done.held_back)
-        stages = _stage_drift(done, samples, verification)
+        verification, stages = _verify(done, samples, recipe)
         del samples
         scored = () if done.scored is None else done.scored.against(done.serialised.runnable)
     with clock.stage(Stage.PROFILE, "timing original and result in turns"):
@@ -114,16 +115,20 @@ def _collect(size: int) -> None:
         gc.collect()
 
 
-def _stage_drift(
-    done: Pruned, samples: checks.Answered, verification: Verification
-) -> tuple[StageDrift, ...]:
-    """Drift before quantisation and after it; nothing where there was none."""
-    if done.unquantised is None:
-        return ()
+def _verify(
+    done: Pruned, samples: checks.Answered, recipe: Recipe
+) -> tuple[Verification, tuple[StageDrift, ...]]:
+    """Of the result; and drift before quantisation and after it, nothing where there was none."""
+    if done.unquantised is None or recipe.quantize is None:
+        return checks.verify(done.serialised.runnable, samples, done.held_back), ()
     first = checks.verify(done.unquantised.runnable, samples, done.held_back)
-    return (
+    try:
+        second = checks.verify(done.serialised.runnable, samples, done.held_back)
+    except VerificationFailed as failed:  # pruning has done no harm
+        raise does_not_hold(recipe.quantize, failed) from None
+    return second, (
         StageDrift(stage="pruning", drift=first.drift),
-        StageDrift(stage="quantisation", drift=verification.drift),
+        StageDrift(stage="quantisation", drift=second.drift),
     )
 
 

@@ -28,7 +28,7 @@ import onnx
 import onnx.version_converter
 from onnxruntime import quantization
 
-from secateur.errors import Code, Refused, refuse
+from secateur.errors import Code, Refused, VerificationFailed, refuse
 from secateur.graphops.calibration.data import Feeds
 from secateur.graphops.model.runtime import first_line, open_session
 from secateur.graphops.model.writing import Serialised
@@ -82,6 +82,17 @@ def check_loads(quantised: Serialised, how: str) -> None:
     except Exception as error:  # of types that its operators do not take, or of subgraphs
         why = "ONNX Runtime cannot load what its quantiser makes of the model"
         raise _cannot(how, why, first_line(error)) from None
+
+
+def does_not_hold(how: str, failed: VerificationFailed) -> Refused:
+    """The refusal of a result that is right until it is quantised, as numbers that leave the range
+    of float16 are.
+
+    Args:
+        how: it was quantised.
+        failed: what is wrong with it then.
+    """
+    return _cannot(how, failed.refusal.message, failed.refusal.found)
 
 
 def _prepare(graph: onnx.GraphProto) -> None:

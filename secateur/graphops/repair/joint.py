@@ -36,7 +36,7 @@ from secateur.graphops.repair.descent import Descending
 from secateur.graphops.repair.repair import EXACT, Mask, kept_positions, repairable
 from secateur.report import RepairStep
 
-_WORK = 4e11  # multiply-accumulates of all steps: a quarter of a minute on two cores
+_WORK = 4e11  # multiply-accumulates of all steps: up to a minute on two cores
 _LEAST_STEPS = 40  # fewer have helped no model
 _MOST_PASSES = 10  # over all samples
 _COST = 3  # forward passes that one of a block and its derivatives takes
