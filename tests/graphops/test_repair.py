@@ -229,7 +229,7 @@ def test_where_the_original_stands_all_that_is_aimed_at_is_still_there() -> None
     found = repairable(opened.model, coupling.shapes)
     wanted = [target.end.observed for target in found]
     session = onnxruntime.InferenceSession(with_outputs(net.bytes(), wanted))
-    places = stands(opened.model, found)
+    places = stands(opened.model, wanted)
     assert [node is None for node in places] == [False] * 4 + [True] * 2
     for place, (stand, expected) in enumerate(zip(places, session.run(wanted, feeds), strict=True)):
         if stand is not None:

@@ -169,8 +169,12 @@ class OutputShapes:
     """
 
     def __init__(self, network: Network, y: str) -> None:
-        self._through, self._y = network.piece([y]), y
+        self._network, self._y = network, y
         self._known: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    @functools.cached_property
+    def _through(self) -> Piece:
+        return self._network.piece([self._y])
 
     def of(self, batch: int, x: Array) -> tuple[int, ...]:
         """The shape of y.

@@ -17,7 +17,6 @@ the weights are products with the rows that the layer read there (`rules.linear`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -33,7 +32,7 @@ from secateur.graphops.model.runtime import open_session
 from secateur.graphops.planning import cost
 from secateur.graphops.repair.blocks import Block, blocks
 from secateur.graphops.repair.descent import Descending
-from secateur.graphops.repair.repair import EXACT, Mask, kept_positions, repairable
+from secateur.graphops.repair.repair import EXACT, Mask, kept_positions, repairable, stands
 from secateur.report import RepairStep
 
 _WORK = 4e11  # multiply-accumulates of all steps: up to a minute on two cores
@@ -66,14 +65,12 @@ def refit_together(
     if steps < _LEAST_STEPS:
         return ()
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
-    makers = {str(value.name): node for node in observed.model.graph for value in node.outputs}
-    next_to = dict(pairwise(observed.model.graph))
+    made = {str(value.name) for node in observed.model.graph for value in node.outputs}
     found = blocks(pruned, repairable(pruned, observed.coupling.shapes))
+    found = [block for block in found if block.end in made]
+    places = stands(observed.model, [block.end for block in found])
     taken = []
-    for place, block in enumerate(found):
-        if block.end not in makers:
-            continue
-        beyond = next_to.get(makers[block.end])
+    for place, (block, beyond) in enumerate(zip(found, places, strict=True)):
         if beyond is not None:
             before.advance(beyond)
         after.advance(block.first)

@@ -51,7 +51,7 @@ def repair(
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
     nodes = {_first(node): node for node in observed.model.graph}
     found = [one for one in repairable(pruned, observed.coupling.shapes) if _y(one) in nodes]
-    places = stands(observed.model, found)
+    places = stands(observed.model, [target.end.observed for target in found])
     opsets = dict(pruned.opset_imports)
     steps, refitted = [], set[str]()
     for place, target in enumerate(found):
@@ -80,22 +80,22 @@ def repair(
     return tuple(steps)
 
 
-def stands(original: ir.Model, found: Sequence[Repairable]) -> list[ir.Node | None]:
+def stands(original: ir.Model, aims: Sequence[str]) -> list[ir.Node | None]:
     """Where the original can stand so that what each fit aims at has run; None: no such place.
 
-    That is behind it, unless a later fit aims at something before.
+    That is behind it, unless a later fit aims at something before, or nothing would read it there.
 
     Args:
-        original: that the targets are tensors of.
-        found: in the order in which they are fitted.
+        original: that the aims are tensors of.
+        aims: names, in the order in which they are aimed at.
     """
     order = list(original.graph)
     made = {str(value.name): place for place, node in enumerate(order) for value in node.outputs}
     read, first, places = last_uses(order), len(order), list[ir.Node | None]()
-    for target in reversed(found):
-        place = made.get(target.end.observed, -1)
+    for aim in reversed(aims):
+        place = made.get(aim, -1)
         first = min(first, place)
-        held = place > first or read.get(target.end.observed, -1) > place
+        held = place > first or read.get(aim, -1) > place
         places.append(order[first + 1] if held and first + 1 < len(order) else None)
     return places[::-1]
 
@@ -284,8 +284,7 @@ class _Fit:
             added += pick_rows(array, target.y_axis, places)
         aim = pick_rows(goal, target.y_axis, places).astype(np.float32) - added
         x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
-        aim, added = (_by_group(array, groups) for array in (aim, added))
-        return x, aim, added
+        return x, _by_group(aim, groups), _by_group(added, groups)
 
 
 def _by_group(y: Rows, groups: int) -> Rows:

@@ -188,7 +188,7 @@ class Convolution:
 
 
 def _depthwise(x: Floats, sample: Places, at: Places, valid: npt.NDArray[np.bool_]) -> Floats:
-    """Patches of one channel each, laid out as BLAS reads them: a tenth of the time.
+    """Patches of one channel each, laid out as BLAS reads them.
 
     Args:
         x: (samples, channels, …).
