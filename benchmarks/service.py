@@ -284,8 +284,9 @@ def transfer(args: argparse.Namespace) -> None:
     A server without a folder forgets all when it ends, and writes as the disk finds time. One with
     a folder says that an upload is stored when it is: it can be no faster than the disk.
 
-    Files take the place of those before them, as where a disk is full: to be given memory for the
-    first time costs a virtual machine ten times what it costs to write to it.
+    Files take the place of those before them, as where a disk is full, and a first turn is not
+    counted: to be given memory for the first time costs a virtual machine ten times what it costs
+    to write to it.
     """
     size = args.mebibytes * MIB
     command = [sys.executable, __file__, "pump"]
@@ -303,13 +304,13 @@ def transfer(args: argparse.Namespace) -> None:
             for _ in range(args.mebibytes):
                 file.write(os.urandom(MIB))
             before, rounds = server.taken()["memory"], []
-            for _ in range(args.turns):
+            for _ in range(1 + args.turns):
                 file.seek(0)
                 file.write(os.urandom(64))  # another blob
                 file.flush()
                 moved = [_moved(one.address, file.name, target) for one in (server, durable)]
                 rounds.append((*_pumped(address, size), *moved[0], *moved[1], _synced(size)))
-            grown = server.taken()["memory"] - before
+            grown, rounds = server.taken()["memory"] - before, rounds[1:]
         finally:
             pump.kill()
 
@@ -843,7 +844,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="of kills and cancels; default 20")
     parser.add_argument("--inputs", type=int, default=400, help="bad inputs")
     parser.add_argument("--mebibytes", type=int, default=512, help="of a transfer")
-    parser.add_argument("--turns", type=int, default=5, help="of transfers")
+    parser.add_argument("--turns", type=int, default=11, help="of transfers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if unknown := set(args.parts) - set(names):
