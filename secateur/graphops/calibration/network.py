@@ -107,7 +107,7 @@ class Network:
         for domain, version in self._model.opset_imports.items():
             proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
         proto.graph.name = "piece"
-        proto.graph.node.extend(ir.to_proto(node) for node in reversed(nodes))
+        proto.graph.node.extend(map(ir.serde.serialize_node, reversed(nodes)))
         inputs = [name for name in given if name in wanted]
         for name in inputs:
             dtype = onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
@@ -116,7 +116,7 @@ class Network:
             if name in wanted and value.const_value is not None:
                 constant = value.const_value
                 tensor = ir.Tensor(constant.numpy(), name=name, dtype=constant.dtype)
-                proto.graph.initializer.append(ir.to_proto(tensor))
+                proto.graph.initializer.append(ir.serde.serialize_tensor(tensor))
                 release(constant)
         outputs = [name for name in names if name not in given]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
