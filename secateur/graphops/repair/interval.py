@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from secateur.graphops.calibration.moments import total
 from secateur.graphops.repair.fit import Fitted, Matrix, Sums, ridge
 
 Rows = npt.NDArray[np.float32]
@@ -88,26 +89,26 @@ class Intervals:
 
     def error(self, weight: Matrix, bias: Matrix) -> float:
         """E dist(W·x + b, [l, h])², summed over outputs."""
-        total, count = 0.0, 0
+        squares, count = 0.0, 0
         for x, low, high in zip(self.x, self.low, self.high, strict=True):
             given = _product(x, weight, bias)
-            total += float(np.square(given - np.clip(given, low, high)).sum(dtype=np.float64))
+            squares += float(np.square(given - np.clip(given, low, high)).sum(dtype=np.float64))
             count += x.shape[1]
-        return total / count
+        return squares / count
 
     def missing(self, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
         """E[δ] (groups, out) and Cov(δ, x) (groups, out, k) of δ = z − y, z as above."""
-        total = np.zeros(bias.shape)
+        shift = np.zeros(bias.shape)
         cross, mean = np.zeros(weight.shape), np.zeros((len(weight), weight.shape[2]))
         count = 0
         for x, y, low, high in zip(self.x, self.y, self.low, self.high, strict=True):
             delta = np.clip(_product(x, weight, bias), low, high) - y
-            total += delta.sum(axis=1, dtype=np.float64)
-            mean += x.sum(axis=1, dtype=np.float64)
+            shift += total(delta)
+            mean += total(x)
             cross += np.matmul(delta.transpose(0, 2, 1), x)
             count += x.shape[1]
-        total /= count
-        return total, cross / count - total[:, :, None] * (mean / count)[:, None, :]
+        shift /= count
+        return shift, cross / count - shift[:, :, None] * (mean / count)[:, None, :]
 
 
 def _product(x: Rows, weight: Matrix, bias: Matrix) -> Rows:

@@ -143,7 +143,10 @@ class Convolution:
             index.append(np.clip(position, 0, size - 1))
         if self.groups == x.shape[1]:
             return _depthwise(x, sample, np.ravel_multi_index(index, sizes), valid)
-        patches = x[(sample[:, None], slice(None), *index)]  # (places, kernel, channels)
+        moved = np.moveaxis(x, 1, -1)
+        if valid.size > math.prod(moved.shape[:-1]):  # most of x is read, and more than once
+            moved = np.ascontiguousarray(moved)
+        patches = moved[(sample[:, None], *index)]  # (places, kernel, channels)
         if not valid.all():
             patches = patches * valid[..., None]
         split = patches.reshape(*valid.shape, self.groups, -1)
