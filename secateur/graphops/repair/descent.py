@@ -14,9 +14,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array
-from secateur.graphops.calibration.moments import sample_places, tensor_of
+from secateur.graphops.calibration.moments import sample_places, tensor_of, total
 from secateur.graphops.repair.target import Target
-from secateur.graphops.rules.linear import pick_rows
+from secateur.graphops.rules.linear import by_group, pick_rows
 
 Floats = npt.NDArray[np.float32]
 
@@ -67,10 +67,9 @@ class Descending:
         positions = slope.size // (groups * out)
         places = sample_places(positions, batches, groups, entries, generator)
         rows = self._target.rows(x, slope.shape, places).astype(np.float32, copy=False)
-        slopes = pick_rows(slope, self._target.y_axis, places)
-        slopes = slopes.reshape(len(places), groups, out).transpose(1, 2, 0)
+        slopes = by_group(pick_rows(slope, self._target.y_axis, places), groups)
         share = len(places) / positions
-        found = np.matmul(slopes, rows) / share, slopes.sum(axis=2) / share
+        found = np.matmul(slopes.transpose(0, 2, 1), rows) / share, total(slopes) / share
         for moving, gradient in zip(self._moving, found, strict=False):
             moving.gradient += gradient
 

@@ -21,7 +21,7 @@ from secateur.graphops.repair.fit import Fitted, Sums
 from secateur.graphops.repair.gates import Gates, input_weight
 from secateur.graphops.repair.interval import Bounds, Intervals, loosen
 from secateur.graphops.repair.target import Correction, Repairable, Target
-from secateur.graphops.rules.linear import pick_rows
+from secateur.graphops.rules.linear import by_group, pick_rows
 from secateur.report import RepairStep
 
 Mask = npt.NDArray[np.bool_]
@@ -284,12 +284,7 @@ class _Fit:
             added += pick_rows(array, target.y_axis, places)
         aim = pick_rows(goal, target.y_axis, places).astype(np.float32) - added
         x = target.rows(values[target.x], y_shape, places).astype(np.float32, copy=False)
-        return x, _by_group(aim, groups), _by_group(added, groups)
-
-
-def _by_group(y: Rows, groups: int) -> Rows:
-    """(rows, groups · out) as (groups, rows, out), laid out as BLAS reads it."""
-    return np.ascontiguousarray(y.reshape(len(y), groups, y.shape[1] // groups).transpose(1, 0, 2))
+        return x, by_group(aim, groups), by_group(added, groups)
 
 
 class _GatesFit(_Fit):

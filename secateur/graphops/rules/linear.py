@@ -41,6 +41,12 @@ def pick_rows(y: Floats, axis: int, places: Places) -> Floats:
     return rows
 
 
+def by_group(rows: Floats, groups: int) -> Floats:
+    """(places, groups · out) as (groups, places, out), laid out as BLAS reads it."""
+    split = rows.reshape(len(rows), groups, rows.shape[1] // groups)
+    return np.ascontiguousarray(split.transpose(1, 0, 2))
+
+
 @dataclass(frozen=True, slots=True)
 class Product:
     """MatMul and Gemm with a constant matrix on the right: W is its transpose, times alpha.
