@@ -35,6 +35,31 @@ def test_a_sequence_is_bound_no_longer_than_its_table_of_positions() -> None:
     assert first != second
 
 
+def test_a_length_is_bound_at_which_one_frame_is_squeezed() -> None:
+    net = Net()
+    frames = net.op("Conv", net.input("x", ["N", 1, "S"]), net.floats(8, 1, 512), strides=[512])
+    net.output(net.dense(net.op("Squeeze", net.op("Relu", frames), net.ints(2)), 8, 3))
+    assert shapes_of(net).inputs["x"][0] == (2, 1, 512)
+
+
+def test_a_branch_that_is_never_taken_may_squeeze_anything() -> None:
+    net = Net()
+    x = net.input("x", ["N", 4, "S"])
+    size = net.op("Gather", net.op("Shape", x), net.const(np.array(2, np.int64)))
+    alone = net.op("Equal", size, net.const(np.array(1, np.int64)))
+
+    def branch(op_type: str, *more: str) -> onnx.GraphProto:
+        node = helper.make_node(op_type, [x, *more], [f"{op_type}_y"], name=op_type)
+        output = helper.make_tensor_value_info(f"{op_type}_y", onnx.TensorProto.FLOAT, None)
+        return helper.make_graph([node], op_type, [], [output])
+
+    squeezed, same = branch("Squeeze", net.ints(2)), branch("Identity")
+    net.output(net.op("If", alone, then_branch=squeezed, else_branch=same))
+    plain = Net()
+    plain.output(plain.op("Relu", plain.input("x", ["N", 4, "S"])))
+    assert shapes_of(net).inputs == shapes_of(plain).inputs
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_shape_arithmetic_that_was_quantised(dtype: Any) -> None:
     net = Net()

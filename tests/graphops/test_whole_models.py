@@ -675,6 +675,17 @@ def test_symbolic_batch() -> None:
     assert result.report.verification.batch_sizes == (1, 2)
 
 
+def test_batch_of_a_state_has_the_name_of_the_batch() -> None:
+    net = Net()
+    x, state = net.input("x", ["N", 4]), net.input("state", [1, "N", 8])
+    step = net.op("Unsqueeze", net.op("Relu", net.dense(x, 4, 6)), net.ints(0))
+    weights = net.floats(1, 32, 6), net.floats(1, 32, 8), net.floats(1, 64)
+    _, last, _ = net.ops("LSTM", step, *weights, "", state, state, outputs=3, hidden_size=8)
+    net.output(net.dense(net.op("Squeeze", last, net.ints(0)), 8, 3))
+    result = lawful(net.bytes())
+    assert result.report.verification.batch_sizes == (1, 2)
+
+
 @pytest.mark.parametrize("opset", range(7, onnx.defs.onnx_opset_version() + 1))
 def test_opset(opset: int) -> None:
     net = Net(opset)

@@ -470,8 +470,9 @@ class _Skeleton:
     def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
 
-        A branch that is never taken says nothing of them. A loop's body is walked with the shapes
-        of the first turn; what it carries to the next turn with another shape has none that holds.
+        A branch that is never taken says nothing of them, nor whether sizes suit the model. A
+        loop's body is walked with the shapes of the first turn; what it carries to the next turn
+        with another shape has none that holds.
         """
         elements, shapes = facts.elements, facts.shapes
         for inner, outer, scan in body_inputs(node, body):
@@ -484,8 +485,10 @@ class _Skeleton:
                 continue
             elements[inner.name] = known[0]
             shapes[inner.name] = known[1][1:] if scan else known[1]
+        strict, facts.strict = facts.strict, facts.strict and live
         for step in self._bodies[body]:
             self._visit(step, facts)
+        facts.strict = strict
         steady = _is_steady(node, body, shapes)
         for result, inner, scan in body_outputs(node, body) if live else ():
             shape = shapes.get(inner.name or "")
@@ -699,7 +702,8 @@ def _schema(op_type: str, opset: int, domain: str) -> onnx.defs.OpSchema:
 
 def _contradicts(error: Exception) -> bool:
     """Whether inference failed because two sizes disagree, not for lack of knowledge."""
-    return any(word in str(error).lower() for word in ("incompatible", "mismatch", "divisible"))
+    said = str(error).lower()
+    return any(words in said for words in ("incompatible", "mismatch", "divisible", "must be 1"))
 
 
 def _sizes(step: _Step, facts: _Facts) -> list[Array] | None:

@@ -17,7 +17,7 @@ from secateur.graphops.model.opening import ModelSource, OpenedModel
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import serialise
 from secateur.graphops.planning import cost
-from secateur.graphops.verify.examples import example_feeds
+from secateur.graphops.verify.examples import batch_axes, example_feeds
 from secateur.recipe import Recipe
 
 Opener = Callable[[ModelSource], OpenedModel]
@@ -86,9 +86,9 @@ def other_sizes(analysed: Analysed) -> Feeds | None:
 
 def one_sample(analysed: Analysed, feeds: Feeds) -> Feeds:
     """The first sample of each input whose batch is free."""
-    pairs = analysed.coupling.shapes.inputs
+    axes = batch_axes(analysed.graph, analysed.coupling.shapes)
     return {
-        name: array[:1] if pairs[name][0] and pairs[name][0][0] != pairs[name][1][0] else array
+        name: array.take([0], axes[name]) if name in axes else array
         for name, array in feeds.items()
     }
 

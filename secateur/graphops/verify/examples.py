@@ -38,14 +38,14 @@ def example_feeds(
         seed: of the draw.
     """
     generator = np.random.default_rng(seed)
-    rows = _table_rows(graph, shapes)
+    rows, axes = _table_rows(graph, shapes), batch_axes(graph, shapes)
     feeds: Feeds = {}
     for value in real_inputs(graph):
         name = str(value.name)
         pair = shapes.inputs[name]
         shape = list(pair[1 if other_sizes else 0])
-        if batch is not None and shape and pair[0][0] != pair[1][0]:
-            shape[0] = batch
+        if batch is not None and name in axes:
+            shape[axes[name]] = batch
         if math.prod(shape) > _MAX_INPUT:
             raise refuse(
                 Code.LIMIT_EXCEEDED,
@@ -67,6 +67,28 @@ def example_feeds(
         else:
             feeds[name] = np.ones(shape, dtype)
     return feeds
+
+
+def batch_axes(graph: ir.Graph, shapes: Shapes) -> dict[str, int]:
+    """Along which axis the samples of an input lie, by its name, where the batch is free.
+
+    That is axis 0, or the one that bears the name of another input's axis 0: states of recurrent
+    layers come as (layers, batch, units).
+    """
+    inputs = {str(value.name): value for value in real_inputs(graph)}
+    first = [name for name, pair in shapes.inputs.items() if pair[0][:1] != pair[1][:1]]
+    axes = dict.fromkeys(first, 0)
+    batches = {_axis_name(inputs[name], 0) for name in first} - {""}
+    for name, value in inputs.items():
+        for axis in range(len(shapes.inputs[name][0])):
+            if _axis_name(value, axis) in batches:
+                axes.setdefault(name, axis)
+    return axes
+
+
+def _axis_name(value: ir.Value, axis: int) -> str:
+    dim = None if value.shape is None else value.shape[axis]
+    return str(dim.value or "") if isinstance(dim, ir.SymbolicDim) else ""
 
 
 # Operators through which an index stays an index.

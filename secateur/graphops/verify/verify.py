@@ -57,12 +57,13 @@ def run_original(
     Raises:
         Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message.
     """
-    feeds = list(feeds)
+    feeds, outputs, tried = list(feeds), [], feeds[0] if feeds else {}
     try:
         session = open_session(model, lean=True)
-        outputs = [session.run(None, feed) for feed in feeds]
+        for tried in feeds:
+            outputs.append(session.run(None, tried))
     except Exception as error:
-        raise does_not_run(error, feeds[0] if feeds else {}) from None
+        raise does_not_run(error, tried) from None
     if perhaps is not None:
         with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
             outputs.append(session.run(None, perhaps))
