@@ -42,9 +42,8 @@ def test_a_length_is_bound_at_which_one_frame_is_squeezed() -> None:
     assert shapes_of(net).inputs["x"][0] == (2, 1, 512)
 
 
-def test_a_branch_that_is_never_taken_may_squeeze_anything() -> None:
-    net = Net()
-    x = net.input("x", ["N", 4, "S"])
+def squeezed_where_alone(net: Net, x: str) -> str:
+    """As TorchScript's exporter writes `x.squeeze(2)`."""
     size = net.op("Gather", net.op("Shape", x), net.const(np.array(2, np.int64)))
     alone = net.op("Equal", size, net.const(np.array(1, np.int64)))
 
@@ -54,10 +53,23 @@ def test_a_branch_that_is_never_taken_may_squeeze_anything() -> None:
         return helper.make_graph([node], op_type, [], [output])
 
     squeezed, same = branch("Squeeze", net.ints(2)), branch("Identity")
-    net.output(net.op("If", alone, then_branch=squeezed, else_branch=same))
+    return net.op("If", alone, then_branch=squeezed, else_branch=same)
+
+
+def test_a_branch_that_is_never_taken_may_squeeze_anything() -> None:
+    net = Net()
+    net.output(squeezed_where_alone(net, net.input("x", ["N", 4, "S"])))
     plain = Net()
     plain.output(plain.op("Relu", plain.input("x", ["N", 4, "S"])))
     assert shapes_of(net).inputs == shapes_of(plain).inputs
+
+
+def test_a_length_is_bound_at_which_a_recurrent_layer_reads_what_it_can() -> None:
+    net = Net()
+    frames = net.op("Conv", net.input("x", ["N", 1, "S"]), net.floats(8, 1, 512), strides=[512])
+    step = net.op("Unsqueeze", squeezed_where_alone(net, frames), net.ints(0))
+    net.output(net.op("LSTM", step, net.floats(1, 24, 8), net.floats(1, 24, 6), hidden_size=6))
+    assert shapes_of(net).inputs["x"][0] == (2, 1, 512)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])

@@ -700,10 +700,14 @@ def _schema(op_type: str, opset: int, domain: str) -> onnx.defs.OpSchema:
         return onnx.defs.get_schema(op_type, domain)
 
 
+# In what onnx says where sizes disagree: of products and broadcasts, of a Squeeze, of an LSTM.
+_CONTRADICTIONS = ("incompatible", "mismatch", "divisible", "must be 1", "must have rank")
+
+
 def _contradicts(error: Exception) -> bool:
     """Whether inference failed because two sizes disagree, not for lack of knowledge."""
     said = str(error).lower()
-    return any(words in said for words in ("incompatible", "mismatch", "divisible", "must be 1"))
+    return any(words in said for words in _CONTRADICTIONS)
 
 
 def _sizes(step: _Step, facts: _Facts) -> list[Array] | None:
