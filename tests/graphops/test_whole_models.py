@@ -23,6 +23,7 @@ from secateur.graphops.verify.law import check_law
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 ZOO = pathlib.Path(__file__).parents[3] / "shared" / "zoo"
+BENCH = ZOO.with_name("bench")
 
 
 def kept(result: secateur.Result, tensor: str, axis: int) -> int | None:
@@ -817,6 +818,15 @@ def test_zoo(name: str) -> None:
     model = zoo.load(name)
     half = name.startswith(("fp16", "q_"))
     lawful(model, limit=2e-2 if half else 1e-4, criterion="random")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["vad/silero_vad_16k_op15.onnx", "vad/silero_vad_16k_sequence.onnx", "face/slim_320.onnx"],
+)
+@pytest.mark.skipif(not BENCH.is_dir(), reason="no trained models beside the checkout")
+def test_trained_models_that_nobody_gave_data_for(place: str) -> None:
+    lawful(BENCH / place)
 
 
 def attending(net: Net, asks: str, told: str) -> None:
