@@ -8,13 +8,9 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import onnx_ir as ir
-
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import CalibrationSource, Feeds, Samples, open_calibration
 from secateur.graphops.calibration.labelled import open_labels
-from secateur.graphops.calibration.mirrored import mirror, mirror_axis
-from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.aside import model_beside
 from secateur.graphops.model.opening import ModelSource, OpenedModel
@@ -30,9 +26,9 @@ from secateur.graphops.pipeline.analysed import (
     runnable,
     shapes_of,
 )
+from secateur.graphops.pipeline.carrying_out import carry_out
 from secateur.graphops.pipeline.choosing import choose
 from secateur.graphops.pipeline.clock import Clock
-from secateur.graphops.pipeline.dividing import Choice
 from secateur.graphops.pipeline.records import (
     frozen_records,
     group_record,
@@ -42,22 +38,16 @@ from secateur.graphops.pipeline.records import (
     with_zeros,
 )
 from secateur.graphops.planning import cost
-from secateur.graphops.planning.steps import Mask
 from secateur.graphops.profile import measure
 from secateur.graphops.quantise.quantise import check_loads, quantise
-from secateur.graphops.repair.expectation import fold
-from secateur.graphops.repair.joint import refit_together
-from secateur.graphops.repair.repair import quantised, repair
-from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery import vocabulary
-from secateur.graphops.surgery.cut import cut
 from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify.accuracy import Scored
 from secateur.graphops.verify.verify import run_original
-from secateur.plan import KeptTensor, Plan
+from secateur.plan import Plan
 from secateur.recipe import Recipe
-from secateur.report import Cost, Folded, RepairStep, Report, SparseWeight, Stage
+from secateur.report import Cost, Report, Stage
 from secateur.result import WeightsFile
 
 
@@ -148,7 +138,7 @@ def prune_unverified(
             if refused.refusal.code is Code.NOTHING_TO_PRUNE:  # a model that fails is told first
                 run_original(_source(model, opened), feeds[:1], samples is not None)
             raise
-        done = _carry_out(analysed, choice, samples, recipe, asked, clock)
+        done = carry_out(analysed, choice, samples, recipe, asked, clock)
     unquantised, serialised, sparse_weights = None, serialise(done.model), done.sparse_weights
     if recipe.sparse_initializers:
         serialised, sparse_weights = store_sparse(serialised, sparse_weights)
@@ -220,54 +210,6 @@ def _source(model: ModelSource, opened: OpenedModel) -> bytes | str:
     return runnable(model, opened) if opened.aside is None else str(model_beside(opened.aside))
 
 
-@dataclass(frozen=True, slots=True)
-class _CarriedOut:
-    """A choice, carried out: the pruned model, and what each stage says of it.
-
-    Attributes:
-        quantised: layers whose weights repair had to leave as they were.
-    """
-
-    model: ir.Model
-    kept: tuple[KeptTensor, ...]
-    repair: tuple[RepairStep, ...] = ()
-    folded: tuple[Folded, ...] = ()
-    quantised: int = 0
-    sparse_weights: tuple[SparseWeight, ...] = ()
-
-
-def _carry_out(
-    analysed: Analysed,
-    choice: Choice,
-    samples: Samples | None,
-    recipe: Recipe,
-    asked: Recipe,
-    clock: Clock,
-) -> _CarriedOut:
-    """Surgery, repair and sparsity."""
-    rest, decision = choice.structure.rest, choice.decision
-    with clock.stage(Stage.SURGERY, f"{int((~decision.keep).sum())} units go"):
-        pruned, kept = cut(rest.opened.model, rest.coupling, decision.keep, analysed.copies)
-    done = _CarriedOut(pruned, kept)
-    if recipe.repair and decision.observed is not None:
-        batches = decision.observed.batches
-        steps = _repair(analysed, rest, pruned, decision.keep, batches, recipe, clock)
-        done = replace(done, repair=steps)
-    if recipe.repair and samples is None:
-        with clock.stage(Stage.REPAIR, "moving means into biases"):
-            done = replace(done, folded=_fold(rest, pruned, decision.keep, asked))
-    if recipe.sparsity is not None:
-        with clock.stage(Stage.SPARSITY, f"{recipe.sparsity} by {recipe.weight_criterion}"):
-            seen = () if samples is None else samples.seen
-            tell = functools.partial(clock.tell, Stage.SPARSITY)
-            sparse_weights = sparsify(pruned, rest.coupling.shapes, recipe, seen, tell)
-            done = replace(done, sparse_weights=sparse_weights)
-    if recipe.repair and kept:
-        fitted_by = None if samples is None else rest.coupling.shapes
-        done = replace(done, quantised=quantised(pruned, fitted_by))
-    return done
-
-
 def _keep_tokens(
     analysed: Analysed, recipe: Recipe, samples: Samples | None
 ) -> tuple[Vocabulary, Analysed, Samples | None]:
@@ -294,48 +236,6 @@ def _labels_count_tokens() -> Refused:
         found="both",
         hint="Score the result with the id map of the report.",
     )
-
-
-def _repair(
-    analysed: Analysed,
-    rest: Analysed,
-    pruned: ir.Model,
-    keep: Mask,
-    batches: Sequence[Feeds],
-    recipe: Recipe,
-    clock: Clock,
-) -> tuple[RepairStep, ...]:
-    """Refits what is left by calibration data, layer by layer and then block by block."""
-    with clock.stage(Stage.REPAIR, "refitting what is left"):
-        axis = mirror_axis(analysed.opened.model, batches)
-        if axis is not None:
-            batches = [one for batch in batches for one in (batch, mirror(batch, axis))]
-        original = Observed(
-            analysed.opened.model,
-            rest.coupling,
-            batches,
-            recipe.seed,
-            alike=1 if axis is None else 2,
-        )
-        given = pruned, original, keep, recipe.seed
-        alone = repair(*given, lambda share: clock.tell(Stage.REPAIR, share / 2))
-        together = refit_together(*given, lambda share: clock.tell(Stage.REPAIR, (1 + share) / 2))
-    return alone + together
-
-
-def _fold(analysed: Analysed, pruned: ir.Model, keep: Mask, recipe: Recipe) -> tuple[Folded, ...]:
-    """Repair without data; refused where it was asked for and there is nothing to go by."""
-    found = fold(analysed.opened.model, analysed.coupling, pruned, keep, recipe.seed)
-    if recipe.repair and not keep.all() and not any(one.folded for one in found):
-        raise refuse(
-            Code.INVALID_CALIBRATION,
-            "no BatchNormalization tells the mean of anything that went, to repair by without data",
-            nodes=tuple(one.node for one in found),
-            expected="--calibration PATH",
-            found="none",
-            hint="Give a few hundred unlabelled samples, or leave out --repair.",
-        )
-    return found
 
 
 def _check_size(size: int, original: int, recipe: Recipe) -> None:
