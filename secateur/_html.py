@@ -170,13 +170,14 @@ def _divisions(report: Report) -> list[str]:
             str(one.regions),
             str(one.factored),
             "out of reach" if one.drift is None else f"{one.drift:.2e}",
+            "" if one.final_drift is None else f"{one.final_drift:.2e}",
             "taken" if one.chosen else "",
         )
         for one in report.divisions
     )
     said = "<p>Regions left out, products split, and units making up the rest of the budget."
-    heads = ("Regions", "Products", "Drift", "")
-    return ["<h2>Divisions of the budget</h2>", said, _table(heads, rows, numbers=(0, 1, 2))]
+    heads = ("Regions", "Products", "Drift", "With the whole repair", "")
+    return ["<h2>Divisions of the budget</h2>", said, _table(heads, rows, numbers=(0, 1, 2, 3))]
 
 
 def _repair(report: Report) -> list[str]:

@@ -164,6 +164,8 @@ def report(found: Report, out: pathlib.Path) -> None:
         console.print(f"split: {product.node}, {sizes}", markup=False)
     for division in found.divisions:
         drift = "out of reach" if division.drift is None else f"drift {division.drift:.3g}"
+        if division.final_drift is not None:
+            drift += f", {division.final_drift:.3g} with the whole repair"
         chosen = ", taken" if division.chosen else ""
         parts = f"{division.regions} regions, {division.factored} products split"
         console.print(f"{parts}, units for the rest: {drift}{chosen}")

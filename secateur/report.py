@@ -239,14 +239,18 @@ class Division(_Value):
         regions: that went whole.
         factored: matrix products that were split.
         drift: Σ‖y′ − y‖² / Σ‖y − ȳ‖² over the outputs, repaired as asked, on samples that no fit
-            had seen; absent where units could not make up the rest.
+            had seen, decided and repaired from few samples; absent where units could not make up
+            the rest.
         chosen: whether it was taken.
+        final_drift: the same from all samples and with the whole repair, where more than one
+            division was carried out so; the least was taken.
     """
 
     regions: int
     factored: int = 0
     drift: float | None = None
     chosen: bool = False
+    final_drift: float | None = None
 
 
 class RepairStep(_Value):

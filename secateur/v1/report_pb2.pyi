@@ -212,16 +212,18 @@ class Accuracy(_message.Message):
     def __init__(self, output: _Optional[str] = ..., labels: _Optional[int] = ..., top1_before: _Optional[float] = ..., top1_after: _Optional[float] = ..., top5_before: _Optional[float] = ..., top5_after: _Optional[float] = ..., from_calibration: _Optional[bool] = ..., held_back: _Optional[bool] = ...) -> None: ...
 
 class Division(_message.Message):
-    __slots__ = ("regions", "drift", "chosen", "factored")
+    __slots__ = ("regions", "drift", "chosen", "factored", "final_drift")
     REGIONS_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     CHOSEN_FIELD_NUMBER: _ClassVar[int]
     FACTORED_FIELD_NUMBER: _ClassVar[int]
+    FINAL_DRIFT_FIELD_NUMBER: _ClassVar[int]
     regions: int
     drift: float
     chosen: bool
     factored: int
-    def __init__(self, regions: _Optional[int] = ..., drift: _Optional[float] = ..., chosen: _Optional[bool] = ..., factored: _Optional[int] = ...) -> None: ...
+    final_drift: float
+    def __init__(self, regions: _Optional[int] = ..., drift: _Optional[float] = ..., chosen: _Optional[bool] = ..., factored: _Optional[int] = ..., final_drift: _Optional[float] = ...) -> None: ...
 
 class Removal(_message.Message):
     __slots__ = ("region", "influence", "drift")

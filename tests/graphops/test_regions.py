@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,6 +18,7 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
+from secateur.graphops.pipeline import carrying_out
 from secateur.graphops.planning import division, removal
 from secateur.graphops.regions.find import find
 from secateur.graphops.regions.flowgraph import FlowGraph
@@ -444,8 +447,41 @@ def test_divisions_are_measured_and_the_best_is_taken() -> None:
     found = prune(source, samples(256), granularity=KINDS, target={"macs": 0.5}).report.divisions
     assert [one.regions for one in found] == sorted({one.regions for one in found})
     assert found[0].regions == 0
+    least = min((one for one in found if one.drift is not None), key=lambda one: one.drift)
+    assert least.regions
+    compared = [one for one in found if one.final_drift is not None]
+    assert compared == [found[0], least]
     (chosen,) = (one for one in found if one.chosen)
-    assert chosen.drift == min(one.drift for one in found if one.drift is not None)
+    assert chosen.final_drift == min(one.final_drift for one in compared)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_units_alone_are_carried_out_beside_the_best_division(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = residual()
+    given = {"granularity": KINDS, "target": {"macs": 0.6}}
+    if alone:  # the whole repair does harm where a region went, which few samples did not show
+
+        def refit_together(pruned: ir.Model, *args: Any) -> tuple[()]:
+            if len(pruned.graph) < nodes:
+                for value in pruned.graph.initializers.values():
+                    value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
+            return ()
+
+        nodes = len(onnx.load_from_string(source).graph.node)
+        monkeypatch.setattr(carrying_out, "refit_together", refit_together)
+    result = prune(source, samples(256), **given)
+    found = result.report.divisions
+    (chosen,) = (one for one in found if one.chosen)
+    compared = {one.regions: one.final_drift for one in found if one.final_drift is not None}
+    assert len(compared) == 2
+    assert compared[chosen.regions] == min(compared.values())
+    assert chosen.regions == len(result.plan.removed)
+    assert (chosen.regions == 0) == alone
+    if alone:
+        units = prune(source, samples(256), target=given["target"], granularity=KINDS[1:])
+        assert result.model == units.model
 
 
 def test_regions_alone_where_units_do_not_reach() -> None:

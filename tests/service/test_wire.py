@@ -66,7 +66,7 @@ STAGE_DRIFT = report.StageDrift(stage="pruning", drift=DRIFT)
 REMOVAL = report.Removal(region=REGION, influence=0.25, drift=0.0)
 DIVISIONS = (
     report.Division(regions=0),
-    report.Division(regions=2, factored=1, drift=0.0, chosen=True),
+    report.Division(regions=2, factored=1, drift=0.0, chosen=True, final_drift=0.0),
 )
 FACTORED = report.Factored(node="n", inputs=8, outputs=4, rank=2, error=0.0)
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0, method="shift")

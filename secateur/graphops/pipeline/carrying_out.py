@@ -1,9 +1,9 @@
-"""A choice carried out: surgery, repair and sparsity."""
+"""A choice carried out: surgery, repair and sparsity; of several, the one that drifts least."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -11,10 +11,13 @@ import onnx_ir as ir
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Samples
 from secateur.graphops.calibration.mirrored import mirror, mirror_axis
+from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.pipeline.analysed import Analysed
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.dividing import Choice
+from secateur.graphops.pipeline.structure import observe
+from secateur.graphops.planning.drift import Answers
 from secateur.graphops.repair.expectation import fold
 from secateur.graphops.repair.joint import refit_together
 from secateur.graphops.repair.repair import quantised, repair
@@ -44,7 +47,7 @@ class CarriedOut:
 
 def carry_out(
     analysed: Analysed,
-    choice: Choice,
+    choices: Sequence[Choice],
     samples: Samples | None,
     recipe: Recipe,
     asked: Recipe,
@@ -54,8 +57,8 @@ def carry_out(
 
     Args:
         analysed: the model as it was given.
-        choice: what to carry out.
-        samples: to learn from.
+        choices: one, or several to take that of which drifts least once it is repaired.
+        samples: to learn from; several choices need them.
         recipe: settled.
         asked: as it was before.
         clock: told of the stages.
@@ -63,15 +66,23 @@ def carry_out(
     Raises:
         Refused: `INVALID_CALIBRATION` where repair was asked for and has nothing to go by.
     """
-    with clock.stage(Stage.SURGERY, f"{int((~choice.decision.keep).sum())} units go"):
-        done = _cut(choice, analysed)
+    going = " or ".join(str(int((~choice.decision.keep).sum())) for choice in choices)
+    with clock.stage(Stage.SURGERY, f"{going} units go"):
+        found = [_cut(choice, analysed) for choice in choices]
     if recipe.repair and samples is None:
         with clock.stage(Stage.REPAIR, "moving means into biases"):
-            done = replace(done, folded=_fold(done, asked))
-    elif recipe.repair and choice.decision.observed is not None:
+            found = [replace(one, folded=_fold(one, asked)) for one in found]
+    elif recipe.repair and choices[0].decision.observed is not None:
         with clock.stage(Stage.REPAIR, "refitting what is left"):
-            done = replace(done, repair=_refit(done, analysed, recipe, clock))
-    coupling = choice.structure.rest.coupling
+            found = [
+                replace(one, repair=_refit(one, analysed, recipe, clock, (turn, len(found))))
+                for turn, one in enumerate(found)
+            ]
+    done = found[0]
+    if len(found) > 1:
+        assert samples is not None
+        done = _least(found, observe(analysed, samples, recipe))
+    coupling = done.choice.structure.rest.coupling
     if recipe.sparsity is not None:
         with clock.stage(Stage.SPARSITY, f"{recipe.sparsity} by {recipe.weight_criterion}"):
             seen = () if samples is None else samples.seen
@@ -91,9 +102,14 @@ def _cut(choice: Choice, analysed: Analysed) -> CarriedOut:
 
 
 def _refit(
-    done: CarriedOut, analysed: Analysed, recipe: Recipe, clock: Clock
+    done: CarriedOut, analysed: Analysed, recipe: Recipe, clock: Clock, turn: tuple[int, int]
 ) -> tuple[RepairStep, ...]:
-    """Refits what is left by calibration data, layer by layer and then block by block."""
+    """Refits what is left by calibration data, layer by layer and then block by block.
+
+    Args:
+        done: its model is changed.
+        turn: which of how many choices this is.
+    """
     choice, model = done.choice, analysed.opened.model
     assert choice.decision.observed is not None
     batches = choice.decision.observed.batches
@@ -105,7 +121,7 @@ def _refit(
     given = done.model, original, choice.decision.keep, recipe.seed
 
     def tell(half: int) -> Callable[[float], None]:
-        return lambda share: clock.tell(Stage.REPAIR, (half + share) / 2)
+        return lambda share: clock.tell(Stage.REPAIR, (turn[0] + (half + share) / 2) / turn[1])
 
     return repair(*given, tell(0)) + refit_together(*given, tell(1))
 
@@ -124,3 +140,17 @@ def _fold(done: CarriedOut, asked: Recipe) -> tuple[Folded, ...]:
             hint="Give a few hundred unlabelled samples, or leave out --repair.",
         )
     return found
+
+
+def _least(found: Sequence[CarriedOut], observed: Observed) -> CarriedOut:
+    """What drifts least on the samples that no fit has seen; of equals, the first."""
+    answers = Answers(observed)
+    drifts = [
+        answers.drift(Network(one.model, answers.batches).piece(answers.outputs)) for one in found
+    ]
+    least = found[drifts.index(min(drifts))]
+    divisions = list(least.choice.divisions)
+    for one, drift in zip(found, drifts, strict=True):
+        (place,) = (i for i, division in enumerate(one.choice.divisions) if division.chosen)
+        divisions[place] = divisions[place].model_copy(update={"final_drift": drift})
+    return replace(least, choice=replace(least.choice, divisions=tuple(divisions)))

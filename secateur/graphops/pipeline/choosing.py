@@ -32,8 +32,12 @@ def choose(
     plan: Plan | None,
     clock: Clock,
     memory_meter: measure.MemoryMeter,
-) -> Choice:
-    """Which regions go, what is split, and which units of the rest go; or what a plan says."""
+) -> tuple[Choice, ...]:
+    """Which regions go, what is split, and which units of the rest go; or what a plan says.
+
+    Returns:
+        the choice; several where only carrying them out tells which is best.
+    """
     if plan is None and {"layer", "rank"} & set(recipe.granularity):
         return _choose_structure(analysed, recipe, samples, clock)
     structure = Structure(analysed)
@@ -46,12 +50,13 @@ def choose(
         offered = candidates_of(structure.rest, recipe, samples)
         chosen = replay.products_factored(plan, offered, analysed.opened.sha256)
         structure = structure.split(offered, chosen, samples, recipe)
-    return Choice(structure, decide(structure.rest, recipe, samples, plan, clock, memory_meter))
+    decision = decide(structure.rest, recipe, samples, plan, clock, memory_meter)
+    return (Choice(structure, decision),)
 
 
 def _choose_structure(
     analysed: Analysed, recipe: Recipe, samples: Samples | None, clock: Clock
-) -> Choice:
+) -> tuple[Choice, ...]:
     offer = offer_of(analysed, recipe) if "layer" in recipe.granularity else None
     layers, absent = offer is not None, _absent(analysed, recipe, offer)
     units = not set(recipe.units) <= set(absent)
@@ -78,7 +83,8 @@ def _choose_structure(
             structure = structure.without(offer, going, samples, recipe)
         elif not units:
             structure = by_ranks(structure, samples, recipe, tell)
-    return Choice(structure, decide(structure.rest, recipe, samples, None, clock), absent=absent)
+    decision = decide(structure.rest, recipe, samples, None, clock)
+    return (Choice(structure, decision, absent=absent),)
 
 
 def _absent(analysed: Analysed, recipe: Recipe, offer: Offer | None) -> tuple[str, ...]:

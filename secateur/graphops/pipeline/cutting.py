@@ -133,12 +133,12 @@ def prune_unverified(
     feeds = examples(analysed) if samples is None else samples.judged
     with one_blas_thread():
         try:
-            choice = choose(analysed, recipe, samples, plan, clock, memory_meter)
+            choices = choose(analysed, recipe, samples, plan, clock, memory_meter)
         except Refused as refused:
             if refused.refusal.code is Code.NOTHING_TO_PRUNE:  # a model that fails is told first
                 run_original(_source(model, opened), feeds[:1], samples is not None)
             raise
-        done = carry_out(analysed, choice, samples, recipe, asked, clock)
+        done = carry_out(analysed, choices, samples, recipe, asked, clock)
     unquantised, serialised, sparse_weights = None, serialise(done.model), done.sparse_weights
     if recipe.sparse_initializers:
         serialised, sparse_weights = store_sparse(serialised, sparse_weights)
@@ -149,6 +149,7 @@ def prune_unverified(
             check_loads(serialised, recipe.quantize)
     if plan is None:
         _check_size(serialised.size, opened.size, recipe)
+    choice = done.choice
     structure, keep = choice.structure, choice.decision.keep
     coupling = structure.rest.coupling
     before = Cost(macs=analysed.macs, params=analysed.params, bytes=opened.size)

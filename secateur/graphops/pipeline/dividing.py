@@ -35,12 +35,17 @@ _SAMPLES = 128  # that a division learns from, and as many others that it is jud
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What goes, and what was weighed for it."""
+    """What goes, and what was weighed for it.
+
+    Attributes:
+        divisions: that were tried; the one that this choice is of is `chosen`.
+        absent: kinds asked for of which the model has nothing that may go.
+    """
 
     structure: Structure
     decision: Decision
     divisions: tuple[Division, ...] = ()
-    absent: tuple[str, ...] = ()  # kinds asked for of which the model has nothing that may go
+    absent: tuple[str, ...] = ()
 
 
 class Divide:
@@ -50,7 +55,8 @@ class Divide:
     recipe or the model has no units, ranks make up the rest.
 
     What is tried is decided from few samples, and the curve of a group is measured once for all
-    divisions; what is taken is decided again from all samples.
+    divisions; what is best is decided again from all samples. Few samples and part of the repair
+    may be wrong about it, so that units alone stand beside it, to be carried out as well.
     """
 
     def __init__(
@@ -73,9 +79,10 @@ class Divide:
         self._refused: Refused | None = None
         self._tried: list[tuple[Structure, float]] = []
         self._best: tuple[float, Choice] | None = None
+        self._alone: Choice | None = None
 
-    def run(self) -> Choice:
-        """The choice that drifts least.
+    def run(self) -> tuple[Choice, ...]:
+        """The choice that drifts least; and units alone, if they are another.
 
         Raises:
             Refused: the targets are out of reach for every division.
@@ -98,20 +105,29 @@ class Divide:
         if self._best is None:
             assert self._refused is not None
             raise self._refused
-        best = self._best[1]
-        if best.structure is not self._original:
-            best = replace(best, decision=self._decide(best.structure.rest, self._samples))
+        choices = [self._best[1]]
+        if choices[0].structure is not self._original:
+            decision = self._decide(choices[0].structure.rest, self._samples)
+            choices = [replace(choices[0], decision=decision)]
+            if self._alone is not None:
+                choices.append(self._alone)
         self._tried.sort(key=lambda tried: (len(tried[0].removed), len(tried[0].factored)))
-        divisions = tuple(
+        return tuple(
+            replace(choice, divisions=self._divisions(choice), absent=self._absent)
+            for choice in choices
+        )
+
+    def _divisions(self, chosen: Choice) -> tuple[Division, ...]:
+        """What was tried, for the report."""
+        return tuple(
             Division(
                 regions=len(structure.removed),
                 factored=len(structure.factored),
                 drift=drift if math.isfinite(drift) else None,
-                chosen=structure is best.structure,
+                chosen=structure is chosen.structure,
             )
             for structure, drift in self._tried
         )
-        return replace(best, divisions=divisions, absent=self._absent)
 
     def _regions(self, structure: Structure, offer: Offer) -> Structure:
         """Tries numbers of regions; returns what is best, or nearest to the targets."""
@@ -191,8 +207,11 @@ class Divide:
                 repair(pruned, seen, decision.keep, recipe.seed)
             network = Network(pruned, self._answers.batches)
             drift = self._answers.drift(network.piece(self._answers.outputs))
+            choice = Choice(structure, decision)
+            if structure is self._original:
+                self._alone = choice
             if self._best is None or drift < self._best[0]:
-                self._best = drift, Choice(structure, decision)
+                self._best = drift, choice
         self._tried.append((structure, drift))
         return drift
 

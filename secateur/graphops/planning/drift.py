@@ -19,7 +19,7 @@ class Answers:
 
     Args:
         observed: the original and its batches.
-        samples: to run, at least; whole batches are.
+        samples: to run, at least; whole batches are. None: all.
 
     Attributes:
         batches: those that are run.
@@ -27,8 +27,9 @@ class Answers:
         outputs: names.
     """
 
-    def __init__(self, observed: Observed, samples: int) -> None:
-        self.batches = first_batches(observed.judges, samples)
+    def __init__(self, observed: Observed, samples: int | None = None) -> None:
+        judges = observed.judges
+        self.batches = judges if samples is None else first_batches(judges, samples)
         self.network = Network(observed.model, self.batches)
         self.outputs = [str(value.name) for value in observed.model.graph.outputs]
         piece = self.network.piece(self.outputs)
