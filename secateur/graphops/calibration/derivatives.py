@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_ad
 
 from secateur.graphops.calibration.data import Array, Feeds
+from secateur.graphops.model.runtime import open_session
+from secateur.graphops.model.shapes import Shapes
 
 PREFIX = "adj_"  # onnx-ad's
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+
+# From the number of a sample, s: arrays like the outputs that are derived.
+Direction = Callable[[int], list[Array]]
 
 
 class NoDerivative(Exception):
@@ -56,6 +63,100 @@ def reverse(
     except Exception as error:
         raise NoDerivative(str(error)) from error
     return derived
+
+
+class Jacobian:
+    """Derivatives of a graph's outputs by its gates, inputs that were put in for that.
+
+    Args:
+        proto: the graph; its shapes are fixed in place.
+        gates: what each of them takes.
+        samples: what all other inputs take, of one shape.
+
+    Attributes:
+        outputs: [sample][output], of the outputs that are floats, in their own dtype.
+
+    Raises:
+        NoDerivative: some operator has none, or no output is of floats.
+    """
+
+    def __init__(
+        self, proto: onnx.ModelProto, gates: Mapping[str, Array], samples: Sequence[Feeds]
+    ) -> None:
+        self._gates, self._samples = gates, samples
+        freeze(proto, {**samples[0], **gates})
+        kinds = {value.name: value.type.tensor_type.elem_type for value in proto.graph.output}
+        self._names = [name for name, kind in kinds.items() if kind in _FLOATS]
+        if not self._names:
+            raise NoDerivative("no output is of floats")
+        derived = reverse(proto, list(gates), self._names)
+        try:
+            self._session = open_session(derived.SerializeToString())
+        except Exception as error:  # what ONNX Runtime does not run is no derivative
+            raise NoDerivative(str(error)) from error
+        forward = open_session(proto.SerializeToString())
+        self.outputs: list[list[Array]] = [
+            forward.run(self._names, {**feeds, **gates}) for feeds in samples
+        ]
+
+    def products(self, direction: Direction) -> Iterator[dict[str, Array]]:
+        """∂(sᵀy)/∂g by name of the gate g, shaped like it, sample by sample.
+
+        Args:
+            direction: s of a sample.
+        """
+        wanted = [f"{PREFIX}{name}" for name in self._gates]
+        for sample, feeds in enumerate(self._samples):
+            seeds = {
+                f"{PREFIX}{name}": array[..., None]
+                for name, array in zip(self._names, direction(sample), strict=True)
+            }
+            found = self._session.run(wanted, {**feeds, **self._gates, **seeds})
+            yield {
+                name: slope.reshape(gate.shape)
+                for (name, gate), slope in zip(self._gates.items(), found, strict=True)
+            }
+
+    def draws(self, seed: int) -> Iterator[dict[str, Array]]:
+        """vᵀ ∂y/∂g, v = ±1 and drawn anew for each sample: E[(vᵀJ)²] is the diagonal of JᵀJ.
+
+        Hutchinson: A stochastic estimator of the trace of the influence matrix, 1990.
+        """
+        generator = np.random.default_rng(seed)
+        return self.products(
+            lambda sample: [
+                generator.choice((-1.0, 1.0), array.shape).astype(array.dtype)
+                for array in self.outputs[sample]
+            ]
+        )
+
+
+def single_samples(batches: Sequence[Feeds], shapes: Shapes, most: int) -> list[Feeds]:
+    """Samples one by one, of the commonest shape: a graph of derivatives is of one shape.
+
+    A sample is a batch where the model fixes its batch.
+
+    Args:
+        batches: what they are taken from, evenly.
+        shapes: of the model.
+        most: how many.
+    """
+    free = {name for name, (a, b) in shapes.inputs.items() if a and b and a[0] != b[0]}
+    samples: list[Feeds] = []
+    for batch in batches:
+        count = min((len(batch[name]) for name in free if name in batch), default=1)
+        samples += [
+            {
+                name: array[place : place + 1] if name in free else array
+                for name, array in batch.items()
+            }
+            for place in range(count)
+        ]
+    kinds = [tuple(array.shape for array in sample.values()) for sample in samples]
+    commonest = Counter(kinds).most_common(1)[0][0]
+    alike = [sample for sample, kind in zip(samples, kinds, strict=True) if kind == commonest]
+    chosen = np.linspace(0, len(alike) - 1, min(len(alike), most)).round().astype(int)
+    return [alike[place] for place in chosen.tolist()]
 
 
 def _replace_strides(proto: onnx.ModelProto) -> None:

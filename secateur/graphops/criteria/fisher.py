@@ -14,7 +14,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from secateur.graphops.calibration import Array
 from secateur.graphops.criteria.context import Context
 from secateur.graphops.criteria.gradients import Gates
 
@@ -28,15 +27,7 @@ def fisher(context: Context) -> npt.NDArray[np.float64]:
             cannot be taken.
     """
     gates = Gates(context, "fisher")
-    generator = np.random.default_rng(context.seed)
-
-    def signs(sample: int) -> list[Array]:
-        return [
-            generator.choice((-1.0, 1.0), array.shape).astype(array.dtype)
-            for array in gates.outputs[sample]
-        ]
-
     total = context.zeros()
-    for gradient in gates.gradients(signs):
+    for gradient in gates.draws():
         total += gradient**2
     return total / (2 * len(gates.outputs))
