@@ -7,7 +7,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -172,6 +172,13 @@ def first_batches(batches: Sequence[Feeds], samples: int) -> tuple[Feeds, ...]:
     """As many of them as hold so many samples; all where they hold fewer."""
     held = np.cumsum([0, *map(sample_count, batches)])
     return tuple(batch for before, batch in zip(held, batches, strict=False) if before < samples)
+
+
+def alike(batches: Iterable[Feeds]) -> list[int]:
+    """Which of them have the commonest shapes."""
+    shapes = [tuple(sorted((name, a.shape) for name, a in batch.items())) for batch in batches]
+    common = max(shapes, key=shapes.count)
+    return [place for place, shape in enumerate(shapes) if shape == common]
 
 
 def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:

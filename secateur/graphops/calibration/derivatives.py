@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_ad
 
-from secateur.graphops.calibration.data import Array, Feeds
+from secateur.graphops.calibration.data import Array, Feeds, alike
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes
 
@@ -62,6 +61,8 @@ def reverse(
         )
     except Exception as error:
         raise NoDerivative(str(error)) from error
+    _drop_unread(derived)
+    _multiply_by_masks(derived)
     return derived
 
 
@@ -152,11 +153,57 @@ def single_samples(batches: Sequence[Feeds], shapes: Shapes, most: int) -> list[
             }
             for place in range(count)
         ]
-    kinds = [tuple(array.shape for array in sample.values()) for sample in samples]
-    commonest = Counter(kinds).most_common(1)[0][0]
-    alike = [sample for sample, kind in zip(samples, kinds, strict=True) if kind == commonest]
-    chosen = np.linspace(0, len(alike) - 1, min(len(alike), most)).round().astype(int)
-    return [alike[place] for place in chosen.tolist()]
+    return evenly([samples[place] for place in alike(samples)], most)
+
+
+def evenly(samples: Sequence[Feeds], most: int) -> list[Feeds]:
+    """So many of them at most, from the first to the last."""
+    chosen = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
+    return [samples[place] for place in chosen.tolist()]
+
+
+def _drop_unread(proto: onnx.ModelProto) -> None:
+    """Drops nodes that no output needs, in place: derivatives by the bounds of a Clip, that is."""
+    needed = {value.name for value in proto.graph.output}
+    kept = []
+    for node in reversed(proto.graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(_read(node))
+            kept.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(reversed(kept))
+
+
+def _read(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, and all that are in its bodies."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _read(inner)
+        yield from (value.name for value in attribute.g.output)
+
+
+def _multiply_by_masks(proto: onnx.ModelProto) -> None:
+    """Makes products of what a mask lets through or makes zero, in place.
+
+    Of a Clip, that is: ONNX Runtime takes ten times as long for Where.
+    """
+    zeros = {
+        tensor.name: tensor.data_type
+        for tensor in proto.graph.initializer
+        if tensor.data_type in _FLOATS and not onnx.numpy_helper.to_array(tensor).any()
+    }
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    for node in nodes:
+        if node.op_type != "Where" or node.input[2] not in zeros:
+            proto.graph.node.append(node)
+            continue
+        condition, value, zero = node.input
+        mask = f"{node.output[0]}_mask"
+        make = onnx.helper.make_node
+        proto.graph.node.append(make("Cast", [condition], [mask], mask, to=zeros[zero]))
+        proto.graph.node.append(make("Mul", [value, mask], node.output, node.name))
 
 
 def _replace_strides(proto: onnx.ModelProto) -> None:

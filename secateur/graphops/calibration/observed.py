@@ -9,13 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.calibration.data import Feeds, hold_back
+from secateur.graphops.calibration import curvature
+from secateur.graphops.calibration.curvature import Curvature
+from secateur.graphops.calibration.data import Feeds, alike, hold_back, sample_count
+from secateur.graphops.calibration.derivatives import evenly
 from secateur.graphops.calibration.moments import WIDEST, Moments, collect, linear_maps, width
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.rules.linear import LinearMap
 
 HELD_BACK = 5  # every fifth batch judges
+_DERIVED = 256  # samples that derivatives are taken of: twice as many tell little more
 
 Tell = Callable[[float], None]
 
@@ -76,3 +80,11 @@ class Observed:
         """Of x of each consumer, by the name of its output."""
         network = Network(self.model, self.learnt)
         return collect(network, list(self.consumers.values()), self._seed, self._tell)
+
+    @cached_property
+    def curvature(self) -> Curvature:
+        """How much the outputs depend on each channel that a consumer puts out."""
+        axes = {name: view.y_axis for name, view in self.consumers.items()}
+        batches = [self.learnt[place] for place in alike(self.learnt)]
+        most = max(_DERIVED // sample_count(batches[0]), 1)
+        return curvature.measure(self.model, axes, evenly(batches, most), self._seed)

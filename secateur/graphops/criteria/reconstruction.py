@@ -10,8 +10,11 @@ Units go one after another, or a few together; after each step W and S⁻¹ are 
 
     W ← W − W_P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P         S⁻¹ ← S⁻¹ − [S⁻¹]_·P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P
 
-A unit's losses at its consumers are added, each relative to the variance of what the consumer
-puts out. The score is the loss of its group when the unit has gone: it grows from unit to unit.
+What a consumer's output misses counts as much as the model's outputs depend on it: each w is taken
+times the root of its curvature (`calibration.curvature`), so that a unit's losses at its consumers
+add up to what the outputs miss. Where an operator has no derivative, all outputs of a consumer
+count alike, and its loss is relative to their variance. The score is the loss of its group when the
+unit has gone: it grows from unit to unit.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from secateur.graphops.criteria.context import Context, places_of
 Matrix = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
 
-_TINY = 1e-12  # where nothing varies
+_TINY = 1e-12  # where nothing varies, or nothing depends on it
+_LEAST = 1e-6  # of the largest curvature: below it derivatives are noise
 _AT_ONCE = 32  # one in that many of the units that are left goes in one step
 
 
@@ -43,7 +47,7 @@ class Consumer:
         weight: (out, k).
         inverse: (k, k), of the damped covariance.
         columns: (units, entries of x per unit), those of each unit of the group.
-        scale: 1 / variance of the output.
+        scale: of its losses beside those of others.
     """
 
     weight: Matrix
@@ -98,10 +102,12 @@ def reconstruction(context: Context) -> Matrix:
             reads.setdefault(unit, []).append(name)
     norms: Matrix | None = None  # read from every weight: only for a group that needs them
     for group in context.coupling.groups:
+        names = reads.get(int(group.units[0]), ())
+        derived = all(name in observed.curvature.of for name in names)
         consumers = [
             consumer
-            for name in reads.get(int(group.units[0]), ())
-            for consumer in _consumers(observed, name, group.units)
+            for name in names
+            for consumer in _consumers(observed, name, group.units, derived)
         ]
         if consumers:
             scores[group.units] = eliminate(consumers, group.units.size)
@@ -111,21 +117,31 @@ def reconstruction(context: Context) -> Matrix:
     return scores
 
 
-def _consumers(observed: Observed, name: str, units: Units) -> Iterator[Consumer]:
-    """The consumers of a group of units in one node, one per group of the convolution."""
+def _consumers(observed: Observed, name: str, units: Units, derived: bool) -> Iterator[Consumer]:
+    """The consumers of a group of units in one node, one per group of the convolution.
+
+    Args:
+        derived: whether losses are of the model's outputs, rather than relative to the node's.
+    """
     view, moments = observed.consumers[name], observed.moments[name]
     line = observed.line(view)
     assert line is not None
     weights, covariances = weight_of(view), moments.damped()
+    if derived:
+        curvature = observed.curvature.of[name]
+        least = max(_LEAST * curvature.max(), _TINY)
+        weights = weights * np.sqrt(np.maximum(curvature, least)).reshape(*weights.shape[:2], 1)
     for weight, covariance, channels in zip(
         weights, covariances, view.channels(line.size), strict=True
     ):
         columns = places_of(line[channels], units)
         if columns is None:
             continue  # whole groups go: every unit is of one group of the convolution only
-        variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
-        inverse = np.linalg.inv(covariance)
-        yield Consumer(weight.copy(), inverse, columns, 1 / max(variance, _TINY))
+        scale = 1.0
+        if not derived:
+            variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
+            scale = 1 / max(variance, _TINY)
+        yield Consumer(weight.copy(), np.linalg.inv(covariance), columns, scale)
 
 
 def eliminate(consumers: list[Consumer], units: int) -> Matrix:

@@ -195,6 +195,7 @@ def prune_unverified(
         evidence=evidence,
         warnings=(
             *(f"the model has no {kind} that may go" for kind in choice.absent),
+            *choice.decision.warnings,
             *unrepaired(done.quantised),
             *too_wide(sparse_weights, recipe),
         ),

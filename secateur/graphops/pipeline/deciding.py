@@ -14,6 +14,7 @@ from secateur.graphops.criteria import CRITERIA, Context
 from secateur.graphops.criteria.routing import routing
 from secateur.graphops.pipeline.analysed import Analysed
 from secateur.graphops.pipeline.clock import Clock
+from secateur.graphops.pipeline.records import underived
 from secateur.graphops.pipeline.structure import meets
 from secateur.graphops.pipeline.trial import Trial
 from secateur.graphops.planning import cost, planner, replay, sensitivity
@@ -30,11 +31,16 @@ Curves = dict[tuple[str, int], Curve]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What stays, and what was seen on the way to it."""
+    """What stays, and what was seen on the way to it.
+
+    Attributes:
+        warnings: for the report.
+    """
 
     keep: Mask
     observed: Observed | None
     curves: Mapping[int, Curve] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def decide(
@@ -72,12 +78,15 @@ def decide(
     if structural and (not recipe.units or meets(analysed, recipe)):
         return Decision(keep, observed)
     scores = np.zeros(coupling.count + 1, np.float64)
+    warnings: tuple[str, ...] = ()
     with clock.stage(Stage.CRITERIA, f"{recipe.criterion} over {coupling.count} units"):
         if coupling.groups:
             context = Context(
                 analysed.opened.model, coupling, observed, recipe.seed, recipe.reduction
             )
             scores = routing(context, CRITERIA[recipe.criterion or "l2"](context))
+            if recipe.criterion == "reconstruction" and observed is not None:
+                warnings = underived(observed.curvature)
     curves = None
     with clock.stage(Stage.PLANNING, ", ".join(f"{k}={v:g}" for k, v in recipe.target.items())):
         if recipe.scope == "measured" and observed is not None:
@@ -94,7 +103,7 @@ def decide(
         if "memory" in recipe.target:
             given["memory"] = trial.memory, float(trial.memory_before)
         keep = planner.choose(coupling, scores, recipe, analysed.params, curves, given)
-    return Decision(keep, observed, curves)
+    return Decision(keep, observed, curves, warnings)
 
 
 def _measure(

@@ -6,6 +6,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from secateur.graphops.calibration.curvature import Curvature
 from secateur.graphops.calibration.moments import WIDEST
 from secateur.graphops.coupling.units import Coupling, UnitGroup
 from secateur.graphops.model.graph import node_label
@@ -135,6 +136,16 @@ def unrepaired(quantised: int) -> tuple[str, ...]:
         f"{quantised} layers have quantised weights that are not repaired: give calibration data, "
         "which refit those that DequantizeLinear reads; or prune the model that was quantised, and "
         "quantise the result (--quantize)",
+    )
+
+
+def underived(curvature: Curvature) -> tuple[str, ...]:
+    """What the criterion did without."""
+    if not curvature.missing:
+        return ()
+    return (
+        "criterion reconstruction counts all outputs of a layer alike, for want of derivatives: "
+        f"{curvature.missing[:200]}",
     )
 
 

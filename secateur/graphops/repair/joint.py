@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from secateur.graphops.calibration.data import Array, Feeds, sample_count
+from secateur.graphops.calibration.data import Array, Feeds, alike, sample_count
 from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, freeze, reverse
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
@@ -75,9 +75,9 @@ def refit_together(
             before.advance(beyond)
         after.advance(block.first)
         aims = _Aims(before, block.end, observed, keep)
-        alike = _alike(after)
-        judges = [batch for batch in alike if observed.judges_with(batch)]
-        learners = [batch for batch in alike if batch not in judges]
+        common = alike(map(after.values, range(after.batches)))
+        judges = [batch for batch in common if observed.judges_with(batch)]
+        learners = [batch for batch in common if batch not in judges]
         if not judges or len(learners) < _LEAST_LEARNERS:
             continue
         try:
@@ -258,16 +258,6 @@ class _JointFit:
             feeds[f"{_WEIGHT}{place}"] = layer.tensor()
             feeds[f"{_SHIFT}{place}"] = layer.shift(shape)
         return feeds
-
-
-def _alike(network: Network) -> list[int]:
-    """The batches of the commonest shapes."""
-    shapes = [
-        tuple(sorted((name, array.shape) for name, array in network.values(batch).items()))
-        for batch in range(network.batches)
-    ]
-    common = max(shapes, key=shapes.count)
-    return [batch for batch, shape in enumerate(shapes) if shape == common]
 
 
 def _end_in_error(proto: onnx.ModelProto, end: str, aim: Array) -> None:

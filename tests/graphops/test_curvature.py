@@ -1,0 +1,107 @@
+"""How much outputs depend on what is inside: against Jacobians by hand, and what it decides."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from laws import prune
+from nets import Net
+
+from secateur.graphops.calibration import curvature
+from secateur.graphops.calibration.derivatives import freeze, reverse
+from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.runtime import open_session
+
+
+def samples(count: int, *shape: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float32)}
+
+
+def test_of_a_product_it_is_the_squares_of_what_follows() -> None:
+    net, after = Net(), np.diag([3.0, 0.5, 0.0]).astype(np.float32)
+    z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))
+    net.output(net.op("MatMul", z, net.const(after)))
+    batches = [samples(5, 4), samples(5, 4)]
+    found = curvature.measure(open_model(net.bytes()).model, {z: 1}, batches, 0)
+    assert not found.missing
+    assert np.allclose(found.of[z], [9, 0.25, 0], rtol=1e-5)
+
+
+def test_of_a_map_it_is_summed_over_positions_that_count() -> None:
+    net = Net()
+    weight = np.random.default_rng(1).standard_normal((2, 3, 1, 1)).astype(np.float32)
+    z = net.op("Conv", net.input("x", ["N", 3, 2, 2]), net.const(weight))
+    clipped = net.op("Clip", z, net.const(np.float32(0)), net.const(np.float32(6)))
+    net.output(net.op("Mul", clipped, net.const(np.array([[[[2.0]], [[1.0]]]], np.float32))))
+    model, feeds = open_model(net.bytes()).model, samples(6, 3, 2, 2)
+    found = curvature.measure(model, {z: 1}, [feeds], 0)
+    values = open_session(_with_output(net.bytes(), z)).run([z], feeds)[0]
+    inside = ((values >= 0) & (values <= 6)).sum(axis=(0, 2, 3)) / 6
+    assert inside.min() > 0 and inside.max() < 4
+    assert np.allclose(found.of[z], [4 * inside[0], inside[1]], rtol=1e-5)
+
+
+def _with_output(source: bytes, name: str) -> bytes:
+    proto = onnx.load_from_string(source)
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    return bytes(proto.SerializeToString())
+
+
+def test_of_all_outputs_together_in_the_mean_over_directions() -> None:
+    net, after = Net(), np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
+    z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))
+    net.output(net.op("MatMul", z, net.const(after)))
+    found = curvature.measure(open_model(net.bytes()).model, {z: 1}, [samples(4000, 4)], 0)
+    assert np.allclose(found.of[z], (after**2).sum(axis=1), rtol=0.1)
+
+
+def test_what_a_clip_lets_through_is_no_choice_of_two() -> None:
+    net = Net()
+    low, high = net.const(np.float32(-1)), net.const(np.float32(1))
+    net.output(net.op("Clip", net.input("x", ["N", 5]), low, high))
+    proto, feeds = onnx.load_from_string(net.bytes()), {"x": np.float32([[-3, -1, 0, 0.5, 2]])}
+    freeze(proto, feeds)
+    (y,) = (value.name for value in proto.graph.output)
+    derived = reverse(proto, ["x"], [y])
+    assert not {"Where", "ReduceSum"} & {node.op_type for node in derived.graph.node}
+    seeds = {f"adj_{y}": np.full((1, 5, 1), 2, np.float32)}
+    (slope,) = open_session(derived.SerializeToString()).run(["adj_x"], feeds | seeds)
+    assert slope.reshape(-1).tolist() == [0, 2, 2, 2, 0]
+
+
+def weighed(power: float, *, derived: bool = True) -> bytes:
+    """Four units of which two make a strong channel that is made a thousand times weaker, and two a
+    weak one that is multiplied with a power."""
+    net = Net()
+    x = net.op("MatMul", net.input("x", ["N", 4]), net.const(np.eye(4, dtype=np.float32), "units"))
+    reads = np.array([[10, 0], [10, 0], [0, 1], [0, 1]], np.float32)
+    y = net.op("MatMul", net.op("Tanh", x), net.const(reads))
+    if not derived:
+        y = net.op("FastGelu", y, domain="com.microsoft")
+    net.output(net.op("Mul", y, net.const(np.array([[0.001, power]], np.float32))))
+    return net.bytes()
+
+
+@pytest.mark.parametrize(("power", "stay"), [(1.0, (2, 3)), (1e-5, (0, 1))])
+def test_units_stay_that_the_outputs_depend_on(power: float, stay: tuple[int, ...]) -> None:
+    result = prune(weighed(power), target={"channels": 0.5}, calibration=samples(64, 4))
+    (entry,) = (one for one in result.plan.kept if one.tensor == "units")
+    assert entry.axes[1] == stay
+    assert not any("alike" in warning for warning in result.report.warnings)
+
+
+def test_without_derivatives_all_that_a_layer_puts_out_counts_alike() -> None:
+    source = weighed(1.0, derived=False)
+    result = prune(source, target={"channels": 0.5}, calibration=samples(64, 4))
+    (entry,) = (one for one in result.plan.kept if one.tensor == "units")
+    assert entry.axes[1] == (0, 1)
+    (told,) = (warning for warning in result.report.warnings if "alike" in warning)
+    assert "FastGelu" in told
+
+
+def test_too_large_a_model_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature, "LARGEST", 10)
+    result = prune(weighed(1.0), target={"channels": 0.5}, calibration=samples(64, 4))
+    (told,) = (warning for warning in result.report.warnings if "alike" in warning)
+    assert "bytes of weights, 10 at most" in told
