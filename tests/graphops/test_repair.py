@@ -24,10 +24,10 @@ from secateur.graphops.repair.fit import Sums, choose
 from secateur.graphops.repair.repair import repairable, stands
 
 
-def consumer(weight: np.ndarray, rows: np.ndarray, per_unit: int) -> Consumer:
-    covariance = np.cov(rows.T, bias=True)
+def consumer(weight: np.ndarray, rows: np.ndarray, per_unit: int, damping: float = 0.0) -> Consumer:
+    covariance = np.cov(rows.T, bias=True) + damping * np.eye(rows.shape[1])
     columns = np.arange(rows.shape[1]).reshape(-1, per_unit)
-    return Consumer(weight.copy(), np.linalg.inv(covariance), columns, 1.0)
+    return Consumer(weight.copy(), np.linalg.inv(covariance), damping, columns, 1.0)
 
 
 def best_fit_error(weight: np.ndarray, rows: np.ndarray, kept: np.ndarray) -> float:
@@ -72,6 +72,21 @@ def test_a_unit_that_others_can_replace_goes_first_whatever_its_weights() -> Non
     scores = eliminate([consumer(np.diag([1.0, 1.0, 100.0, 0.1]), rows, 1)], 4)
     assert np.argmin(scores) in (0, 1, 2)
     assert np.sort(scores)[0] < 1e-2
+
+
+@pytest.mark.parametrize("per_unit", [1, 2])
+def test_damping_is_no_loss(per_unit: int) -> None:
+    draw, damping = np.random.default_rng(0), 0.01
+    half = draw.standard_normal((500, 2 * per_unit))
+    rows = np.concatenate([half, 2 * half, 0.05 * draw.standard_normal((500, per_unit))], axis=1)
+    weight = draw.standard_normal((3, 5 * per_unit))
+    scores = eliminate([consumer(weight, rows, per_unit, damping)], 5)
+    gone = np.argsort(scores)
+    assert {*gone[:2]} in ({0, 1}, {0, 3}, {2, 1}, {2, 3})  # one of each pair
+    assert scores[gone[1]] < 0.1 * scores[gone[2]]
+    noisy = rows + 1e-6 * draw.standard_normal(rows.shape)
+    undamped = eliminate([consumer(weight, noisy, per_unit)], 5)
+    assert np.allclose(np.sort(scores)[2:], np.sort(undamped)[2:], rtol=0.1)
 
 
 def test_consumers_count_together() -> None:

@@ -93,16 +93,22 @@ class Moments:
         """(groups, k, k), E[x xᵀ]."""
         return self.second / self.count
 
-    def damped(self) -> Matrix:
-        """The covariance, plus to each variance what so few rows cannot tell: (groups, k, k).
+    def damping(self) -> Matrix:
+        """What so few rows cannot tell of each variance, (groups,).
 
         δ = max(10⁻³, k / 10n) of the mean variance.
         """
+        mean, k = self.mean(), self.total.shape[1]
+        variances = np.trace(self.second, axis1=1, axis2=2) / self.count - (mean**2).sum(axis=1)
+        share = max(_LEAST_DAMPING, k / (10 * self.count))
+        found: Matrix = share * np.maximum(variances / k, 1e-12)
+        return found
+
+    def damped(self) -> Matrix:
+        """The covariance, plus δ (`damping`) to each variance: (groups, k, k)."""
         damped = self.covariance()
         k = damped.shape[1]
-        mean = np.trace(damped, axis1=1, axis2=2) / k
-        share = max(_LEAST_DAMPING, k / (10 * self.count))
-        damped[:, np.arange(k), np.arange(k)] += share * np.maximum(mean, 1e-12)[:, None]
+        damped[:, np.arange(k), np.arange(k)] += self.damping()[:, None]
         return damped
 
 

@@ -10,6 +10,9 @@ Units go one after another, or a few together; after each step W and S⁻¹ are 
 
     W ← W − W_P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P         S⁻¹ ← S⁻¹ − [S⁻¹]_·P ([S⁻¹]_PP)⁻¹ [S⁻¹]_P
 
+S is damped, and the least damped loss is that of the error and of δ‖ΔW‖² together. The second is no
+loss: a unit that others say exactly costs nothing. It is taken off where that may decide.
+
 What a consumer's output misses counts as much as the model's outputs depend on it: each w is taken
 times the root of its curvature (`calibration.curvature`), so that a unit's losses at its consumers
 add up to what the outputs miss. Where an operator has no derivative, all outputs of a consumer
@@ -37,6 +40,8 @@ Columns = npt.NDArray[np.int64]
 _TINY = 1e-12  # where nothing varies, or nothing depends on it
 _LEAST = 1e-6  # of the largest curvature: below it derivatives are noise
 _AT_ONCE = 32  # one in that many of the units that are left goes in one step
+_LIKELY = 8  # times as many are looked at closely, but no fewer than
+_LEAST_LIKELY = 32
 
 
 @dataclass(slots=True)
@@ -46,26 +51,41 @@ class Consumer:
     Attributes:
         weight: (out, k).
         inverse: (k, k), of the damped covariance.
+        damping: δ, what was added to each variance.
         columns: (units, entries of x per unit), those of each unit of the group.
         scale: of its losses beside those of others.
     """
 
     weight: Matrix
     inverse: Matrix
+    damping: float
     columns: Columns
     scale: float
 
     def losses(self, left: Columns) -> Matrix:
+        """Δ of each unit in `left`, damping included, shape (left,)."""
+        columns = self.columns[left]
+        weights, solved = self._solved(columns)
+        lost: Matrix = self.scale * np.einsum("upo,upo->u", weights, solved)
+        return lost
+
+    def errors(self, left: Columns) -> Matrix:
         """Δ of each unit in `left`, shape (left,)."""
         columns = self.columns[left]
+        weights, solved = self._solved(columns)
+        rows = self.inverse[columns]  # ΔW = (W_P ([S⁻¹]_PP)⁻¹) [S⁻¹]_P
+        moved = np.einsum("upo,upq,uqo->u", solved, rows @ rows.transpose(0, 2, 1), solved)
+        lost = np.einsum("upo,upo->u", weights, solved) - self.damping * moved
+        errors: Matrix = self.scale * np.maximum(lost, 0.0)
+        return errors
+
+    def _solved(self, columns: Columns) -> tuple[Matrix, Matrix]:
+        """W_Pᵀ and ([S⁻¹]_PP)⁻¹ W_Pᵀ of each unit, shapes (units, entries, out)."""
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
-        weights = self.weight[:, columns].transpose(1, 2, 0)  # (left, entries, out)
-        lost: Matrix
+        weights = self.weight[:, columns].transpose(1, 2, 0)
         if columns.shape[1] == 1:
-            lost = (weights[:, 0] ** 2).sum(axis=1) / blocks[:, 0, 0]
-        else:
-            lost = np.einsum("upo,upo->u", weights, np.linalg.solve(blocks, weights))
-        return self.scale * lost
+            return weights, weights / blocks
+        return weights, np.asarray(np.linalg.solve(blocks, weights), np.float64)
 
     def remove(self, units: Columns) -> float:
         """Takes units out; what that costs together."""
@@ -73,8 +93,10 @@ class Consumer:
         block = self.inverse[np.ix_(gone, gone)]
         solved = np.linalg.solve(block, self.inverse[gone])
         lost = self.weight[:, gone]
+        moved = lost @ solved
         cost = float(np.einsum("op,op->", lost, np.linalg.solve(block, lost.T).T))
-        self.weight -= lost @ solved
+        cost -= self.damping * float(np.einsum("ok,ok->", moved, moved))
+        self.weight -= moved
         self.inverse -= self.inverse[:, gone] @ solved
         self.weight[:, gone] = 0
         # What is gone stays gone: nothing couples to it, and its block stays invertible.
@@ -126,13 +148,13 @@ def _consumers(observed: Observed, name: str, units: Units, derived: bool) -> It
     view, moments = observed.consumers[name], observed.moments[name]
     line = observed.line(view)
     assert line is not None
-    weights, covariances = weight_of(view), moments.damped()
+    weights, covariances, dampings = weight_of(view), moments.damped(), moments.damping()
     if derived:
         curvature = observed.curvature.of[name]
         least = max(_LEAST * curvature.max(), _TINY)
         weights = weights * np.sqrt(np.maximum(curvature, least)).reshape(*weights.shape[:2], 1)
-    for weight, covariance, channels in zip(
-        weights, covariances, view.channels(line.size), strict=True
+    for weight, covariance, damping, channels in zip(
+        weights, covariances, dampings, view.channels(line.size), strict=True
     ):
         columns = places_of(line[channels], units)
         if columns is None:
@@ -141,7 +163,7 @@ def _consumers(observed: Observed, name: str, units: Units, derived: bool) -> It
         if not derived:
             variance = float(np.einsum("oi,oi->", weight @ covariance, weight))
             scale = 1 / max(variance, _TINY)
-        yield Consumer(weight.copy(), np.linalg.inv(covariance), columns, scale)
+        yield Consumer(weight.copy(), np.linalg.inv(covariance), float(damping), columns, scale)
 
 
 def eliminate(consumers: list[Consumer], units: int) -> Matrix:
@@ -154,9 +176,12 @@ def eliminate(consumers: list[Consumer], units: int) -> Matrix:
     left = np.arange(units)
     loss = 0.0
     while left.size:
-        costs = np.sum([consumer.losses(left) for consumer in consumers], axis=0)
         together = max(1, left.size // _AT_ONCE)
-        chosen = left[np.argsort(costs, kind="stable")[:together]]
+        losses = np.sum([consumer.losses(left) for consumer in consumers], axis=0)
+        count = max(_LIKELY * together, _LEAST_LIKELY)
+        likely = np.sort(left[np.argsort(losses, kind="stable")[:count]])
+        errors = np.sum([consumer.errors(likely) for consumer in consumers], axis=0)
+        chosen = likely[np.argsort(errors, kind="stable")[:together]]
         step = sum(consumer.remove(chosen) for consumer in consumers)
         # Those that go together share the step in the order of what each alone would cost.
         scores[chosen] = loss + step * np.arange(1, together + 1) / together
