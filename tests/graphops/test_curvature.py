@@ -105,3 +105,12 @@ def test_too_large_a_model_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> No
     result = prune(weighed(1.0), target={"channels": 0.5}, calibration=samples(64, 4))
     (told,) = (warning for warning in result.report.warnings if "alike" in warning)
     assert "bytes of weights, 10 at most" in told
+
+
+def test_what_is_rounded_has_no_derivative() -> None:
+    net = Net()
+    z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))
+    net.output(net.op("Round", z))
+    found = curvature.measure(open_model(net.bytes()).model, {z: 1}, [samples(5, 4)], 0)
+    assert not found.of
+    assert found.missing

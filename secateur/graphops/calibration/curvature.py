@@ -32,7 +32,7 @@ class Curvature:
     """What was found.
 
     Attributes:
-        of: g, shape (channels,), by the name of the tensor.
+        of: g, shape (channels,), by the name of the tensor; of those that outputs depend on.
         missing: why there is nothing; empty where there is.
     """
 
@@ -81,6 +81,9 @@ def _curvature(
             total += (rows.astype(np.float64) ** 2).sum(axis=1) / samples
     if not all(np.isfinite(total).all() for total in found.values()):
         raise NoDerivative("derivatives are not finite")
+    found = {name: total for name, total in found.items() if total.any()}
+    if not found:  # behind what rounds, nothing has one
+        raise NoDerivative("derivatives are zero")
     return found
 
 
