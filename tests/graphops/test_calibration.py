@@ -34,6 +34,26 @@ def arrays(count: int = 4) -> dict[str, np.ndarray]:
     }
 
 
+def recurrent() -> bytes:
+    """A scalar, a state whose samples lie along axis 1, and steps of a sequence, in that order."""
+    net = Net()
+    factor = net.input("factor", [])
+    state = net.input("state", [2, "N", 6])
+    x = net.op("Mul", net.dense(net.input("x", ["N", 4]), 4, 6), factor)
+    summed = net.op("ReduceSum", state, net.ints(0), keepdims=0)
+    net.output(net.dense(net.op("Tanh", net.op("Add", x, net.dense(summed, 6, 6))), 6, 3))
+    return net.bytes()
+
+
+def states(count: int = 40) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {
+        "factor": np.array(0.5, np.float32),
+        "state": draw.standard_normal((2, count, 6)).astype(np.float32),
+        "x": draw.standard_normal((count, 4)).astype(np.float32),
+    }
+
+
 def refusal(calibration: Any, batch: int | str = "N") -> Refusal:
     with pytest.raises(Refused) as caught:
         prune(model(batch), calibration=calibration)
@@ -91,6 +111,40 @@ def test_more_samples_than_are_run_are_thinned_out_evenly() -> None:
 def test_a_remainder_that_a_fixed_batch_cannot_take_is_left_out() -> None:
     assert sizes(5, 2) == ([2, 2], [2, 2])
     assert prune(model(2), calibration=arrays(5)).report.verification.samples == 4
+
+
+def test_samples_of_a_state_lie_along_the_axis_that_bears_the_name(tmp_path: pathlib.Path) -> None:
+    data = states()
+    np.savez(tmp_path / "all.npz", **data)
+    graph = open_model(recurrent()).model.graph
+    for source in (data, tmp_path / "all.npz"):
+        calibration = open_calibration(source, graph)
+        assert calibration.count() == 40
+        samples = calibration.draw()
+        assert {feeds["state"].shape for feeds in samples.seen} == {(2, 2, 6)}
+        first = calibration.feeds(data, np.array([3, 8]))
+        assert np.array_equal(first["state"], data["state"][:, [3, 8]])
+        assert np.array_equal(first["x"], data["x"][[3, 8]])
+        assert first["factor"].shape == ()
+
+
+@pytest.mark.parametrize("criterion", ["reconstruction", "fisher"])
+def test_a_model_with_a_state_is_pruned_by_its_samples(criterion: str) -> None:
+    result = prune(recurrent(), criterion=criterion, calibration=states())
+    assert result.report.verification.held_back
+    assert result.report.verification.samples == 4
+    assert result.report.after.params < result.report.before.params
+    assert not any("alike" in warning for warning in result.report.warnings)
+
+
+def test_states_of_other_numbers_of_samples() -> None:
+    data = states()
+    with pytest.raises(Refused) as caught:
+        prune(recurrent(), calibration={**data, "state": data["state"][:, :7]})
+    assert "'state': 7" in caught.value.refusal.found
+    with pytest.raises(Refused) as caught:
+        prune(recurrent(), calibration={**data, "state": data["state"][0]})
+    assert "2, 'N', 6" in caught.value.refusal.expected
 
 
 def test_arrays_that_no_input_wants_are_ignored() -> None:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.model.graph import real_inputs
+from secateur.graphops.model.shapes import Shapes
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -88,11 +89,13 @@ class Calibration:
         parts: arrays by input name; of files, one is read at a time.
         batch: samples per batch; fixed by the model where its batch axis is.
         expected: input name → (dtype, shape with None for free axes).
+        axes: input name → the axis along which samples lie (`sample_axes`).
     """
 
     parts: tuple[Part, ...]
     batch: int
     expected: Expected
+    axes: Mapping[str, int]
 
     def draw(self) -> Samples:
         """At most `MOST_SAMPLES` samples, and `MOST_BYTES`, spread evenly over all of them.
@@ -103,7 +106,7 @@ class Calibration:
         Raises:
             Refused: `INVALID_CALIBRATION` when a part does not fit the inputs.
         """
-        counts = [_count(part, self.expected) for part in self.parts]
+        counts = [_count(part, self) for part in self.parts]
         total = sum(counts)
         one = self._bytes_of_one()
         most = min(total, MOST_SAMPLES, max(MOST_BYTES // max(one, 1), 1))
@@ -130,28 +133,30 @@ class Calibration:
 
     def count(self) -> int:
         """Samples in all parts. Raises Refused as `draw`."""
-        return sum(_count(part, self.expected) for part in self.parts)
+        return sum(_count(part, self) for part in self.parts)
 
     def check(self, arrays: Mapping[str, Array], name: str) -> int:
         """How many samples the arrays of the part called `name` hold. Raises Refused as `draw`."""
-        return _check(arrays, self.expected, name)
+        return _check(arrays, self.expected, self.axes, name)
 
     def feeds(self, arrays: Mapping[str, Array], places: npt.NDArray[np.int64]) -> Feeds:
         """The samples of a part at some places, as one batch."""
         return {
-            name: arrays[name][places] if arrays[name].ndim else arrays[name]
+            name: arrays[name].take(places, self.axes[name]) if name in self.axes else arrays[name]
             for name in self.expected
         }
 
     def is_fixed(self) -> bool:
         """Whether the model takes batches of `batch` samples only."""
-        return any(shape and shape[0] is not None for _, shape in self.expected.values())
+        return _fixed(self.expected, self.axes) is not None
 
     def _bytes_of_one(self) -> int:
         """Of one sample of the first part."""
         arrays = self.parts[0].read()
-        chosen = [arrays[name] for name in self.expected]
-        return sum(a.nbytes // a.shape[0] if a.ndim else a.nbytes for a in chosen)
+        return sum(
+            arrays[name].nbytes // (arrays[name].shape[self.axes[name]] if name in self.axes else 1)
+            for name in self.expected
+        )
 
 
 def hold_back(batches: Sequence[_T], every: int) -> tuple[tuple[_T, ...], tuple[_T, ...]]:
@@ -161,6 +166,36 @@ def hold_back(batches: Sequence[_T], every: int) -> tuple[tuple[_T, ...], tuple[
         return tuple(batches), tuple(batches)
     rest = tuple(batch for place, batch in enumerate(batches) if place % every != every - 1)
     return rest, held
+
+
+def sample_axes(graph: ir.Graph) -> dict[str, int]:
+    """Along which axis the samples of an input lie, by its name, those along axis 0 first.
+
+    That is axis 0, or the one that bears the name of another input's axis 0: states of recurrent
+    layers come as (layers, batch, units). Scalars have none.
+    """
+    shapes = {str(value.name): tuple(value.shape or ()) for value in real_inputs(graph)}
+    names = {name: [_name(dim) for dim in shape] for name, shape in shapes.items() if shape}
+    batches = {axes[0] for axes in names.values()} - {""}
+    found = {
+        name: next((place for place, axis in enumerate(axes) if axis in batches), 0)
+        for name, axes in names.items()
+    }
+    return dict(sorted(found.items(), key=lambda one: one[1]))
+
+
+def batch_axes(graph: ir.Graph, shapes: Shapes) -> dict[str, int]:
+    """Along which axis the samples of an input lie, by its name, where the batch is free."""
+    pairs = shapes.inputs
+    return {
+        name: axis
+        for name, axis in sample_axes(graph).items()
+        if pairs[name][0][axis] != pairs[name][1][axis]
+    }
+
+
+def _name(dim: int | ir.SymbolicDim) -> str:
+    return str(dim.value or "") if isinstance(dim, ir.SymbolicDim) else ""
 
 
 def sample_count(feeds: Feeds) -> int:
@@ -191,9 +226,10 @@ def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     for value in real_inputs(graph):
         dims = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ())
         expected[str(value.name)] = ((value.dtype or ir.DataType.FLOAT).numpy(), dims)
-    parts = parts_of(source)
-    fixed = [shape[0] for _, shape in expected.values() if shape and shape[0] is not None]
-    calibration = Calibration(parts, int(fixed[0]) if fixed else BATCH, expected)
+    axes = sample_axes(graph)
+    expected = {name: expected[name] for name in (*axes, *expected)}
+    parts, fixed = parts_of(source), _fixed(expected, axes)
+    calibration = Calibration(parts, fixed or BATCH, expected, axes)
     calibration.check(parts[0].read(), "")
     return calibration
 
@@ -241,8 +277,15 @@ def _opened(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
         ) from None
 
 
-def _count(part: Part, expected: Expected) -> int:
+def _fixed(expected: Expected, axes: Mapping[str, int]) -> int | None:
+    """How many samples the model takes together, None where any number."""
+    sizes = (expected[name][1][axis] for name, axis in axes.items())
+    return next((size for size in sizes if size is not None), None)
+
+
+def _count(part: Part, calibration: Calibration) -> int:
     """Samples in a part; of a file, the headers are read and no array."""
+    expected, axes = calibration.expected, calibration.axes
     if not isinstance(part.content, pathlib.Path):
         return sample_count({name: part.content[name] for name in expected})
     try:
@@ -254,15 +297,17 @@ def _count(part: Part, expected: Expected) -> int:
                     if version != (1, 0):
                         header = np.lib.format.read_array_header_2_0
                     shape = header(member)[0]
-                if shape:
-                    return int(shape[0])
-    except (KeyError, *_UNREADABLE):
-        _check(part.read(), expected, part.name)  # says what is wrong with it
+                if name in axes:
+                    return int(shape[axes[name]])
+    except (KeyError, IndexError, *_UNREADABLE):
+        _check(part.read(), expected, axes, part.name)  # says what is wrong with it
         raise
     return 1
 
 
-def _check(arrays: Mapping[str, Array], expected: Expected, where: str) -> int:
+def _check(
+    arrays: Mapping[str, Array], expected: Expected, axes: Mapping[str, int], where: str
+) -> int:
     """Raises unless the arrays fit; returns the number of samples."""
     if not set(expected) <= set(arrays):
         raise _invalid("", "arrays for the model's inputs", sorted(expected), sorted(arrays), where)
@@ -272,28 +317,27 @@ def _check(arrays: Mapping[str, Array], expected: Expected, where: str) -> int:
         if array.dtype != dtype:
             raise _invalid(name, "the dtype", dtype, array.dtype, where)
         fits = array.ndim == len(shape) and all(
-            want is None or want == have
-            for want, have in zip(shape[1:], array.shape[1:], strict=True)
+            want is None or want == have or axis == axes.get(name)
+            for axis, (want, have) in enumerate(zip(shape, array.shape, strict=True))
         )
         if not fits:
             wanted = ["any" if want is None else want for want in shape]
-            wanted[:1] = ["N"] if shape else []
+            if name in axes:
+                wanted[axes[name]] = "N"
             raise _invalid(name, "the shape", wanted, list(array.shape), where)
         if not array.size:
             raise _invalid(name, "the number of samples", "at least 1", 0, where)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).sum())
             raise _invalid(name, "the values", "finite numbers", f"{bad} NaN or infinite", where)
-        if array.ndim:
-            counts[name] = array.shape[0]
+        if name in axes:
+            counts[name] = array.shape[axes[name]]
     if len(set(counts.values())) > 1:
         raise _invalid("", "the number of samples", "the same for every input", counts, where)
     count = next(iter(counts.values()), 1)
-    fixed = [shape[0] for _, shape in expected.values() if shape and shape[0] is not None]
-    if fixed and count < fixed[0]:
-        raise _invalid(
-            "", "the number of samples", f"at least the batch of {fixed[0]}", count, where
-        )
+    fixed = _fixed(expected, axes)
+    if fixed is not None and count < fixed:
+        raise _invalid("", "the number of samples", f"at least the batch of {fixed}", count, where)
     return count
 
 

@@ -10,7 +10,6 @@ import onnx_ad
 
 from secateur.graphops.calibration.data import Array, Feeds, alike
 from secateur.graphops.model.runtime import open_session
-from secateur.graphops.model.shapes import Shapes
 
 PREFIX = "adj_"  # onnx-ad's
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
@@ -132,23 +131,22 @@ class Jacobian:
         )
 
 
-def single_samples(batches: Sequence[Feeds], shapes: Shapes, most: int) -> list[Feeds]:
+def single_samples(batches: Sequence[Feeds], axes: Mapping[str, int], most: int) -> list[Feeds]:
     """Samples one by one, of the commonest shape: a graph of derivatives is of one shape.
 
     A sample is a batch where the model fixes its batch.
 
     Args:
         batches: what they are taken from, evenly.
-        shapes: of the model.
+        axes: along which samples lie, by input, where the batch is free.
         most: how many.
     """
-    free = {name for name, (a, b) in shapes.inputs.items() if a and b and a[0] != b[0]}
     samples: list[Feeds] = []
     for batch in batches:
-        count = min((len(batch[name]) for name in free if name in batch), default=1)
+        count = min((batch[name].shape[axes[name]] for name in axes if name in batch), default=1)
         samples += [
             {
-                name: array[place : place + 1] if name in free else array
+                name: array.take([place], axes[name]) if name in axes else array
                 for name, array in batch.items()
             }
             for place in range(count)

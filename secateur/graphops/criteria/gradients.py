@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.calibration import Array
+from secateur.graphops.calibration.data import batch_axes
 from secateur.graphops.calibration.derivatives import (
     Direction,
     Jacobian,
@@ -47,7 +48,8 @@ class Gates:
         """
         self._context = context
         batches = context.seen(criterion).batches
-        samples = single_samples(batches, context.coupling.shapes, SAMPLES)
+        axes = batch_axes(context.model.graph, context.coupling.shapes)
+        samples = single_samples(batches, axes, SAMPLES)
         proto = ir.to_proto(self_contained(context.model.clone()))
         self._places, gates = _insert_gates(context, proto)
         try:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from secateur.graphops.calibration import Feeds, Samples
+from secateur.graphops.calibration.data import batch_axes
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.normalise import unshare
@@ -17,7 +18,7 @@ from secateur.graphops.model.opening import ModelSource, OpenedModel
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import serialise
 from secateur.graphops.planning import cost
-from secateur.graphops.verify.examples import batch_axes, example_feeds
+from secateur.graphops.verify.examples import example_feeds
 from secateur.recipe import Recipe
 
 Opener = Callable[[ModelSource], OpenedModel]

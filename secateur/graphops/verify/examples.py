@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, refuse
 from secateur.graphops.calibration import Feeds
+from secateur.graphops.calibration.data import batch_axes
 from secateur.graphops.model.attributes import integer
 from secateur.graphops.model.graph import real_inputs
 from secateur.graphops.model.shapes import Shapes
@@ -67,28 +68,6 @@ def example_feeds(
         else:
             feeds[name] = np.ones(shape, dtype)
     return feeds
-
-
-def batch_axes(graph: ir.Graph, shapes: Shapes) -> dict[str, int]:
-    """Along which axis the samples of an input lie, by its name, where the batch is free.
-
-    That is axis 0, or the one that bears the name of another input's axis 0: states of recurrent
-    layers come as (layers, batch, units).
-    """
-    inputs = {str(value.name): value for value in real_inputs(graph)}
-    first = [name for name, pair in shapes.inputs.items() if pair[0][:1] != pair[1][:1]]
-    axes = dict.fromkeys(first, 0)
-    batches = {_axis_name(inputs[name], 0) for name in first} - {""}
-    for name, value in inputs.items():
-        for axis in range(len(shapes.inputs[name][0])):
-            if _axis_name(value, axis) in batches:
-                axes.setdefault(name, axis)
-    return axes
-
-
-def _axis_name(value: ir.Value, axis: int) -> str:
-    dim = None if value.shape is None else value.shape[axis]
-    return str(dim.value or "") if isinstance(dim, ir.SymbolicDim) else ""
 
 
 # Operators through which an index stays an index.
