@@ -70,6 +70,24 @@ def test_what_a_clip_lets_through_is_no_choice_of_two() -> None:
     assert slope.reshape(-1).tolist() == [0, 2, 2, 2, 0]
 
 
+def test_what_the_model_hides_stays_hidden() -> None:
+    net = Net()
+    x = net.input("x", ["N", 3])
+    finite = net.op("Log", x)  # of zero it is not
+    hidden = net.op(
+        "Where", net.op("Greater", x, net.const(np.float32(0))), finite, net.const(np.float32(0))
+    )
+    net.output(net.op("Mul", hidden, net.op("Tanh", x)))
+    proto, feeds = onnx.load_from_string(net.bytes()), {"x": np.float32([[0, 1, 2]])}
+    freeze(proto, feeds)
+    (y,) = (value.name for value in proto.graph.output)
+    derived = reverse(proto, ["x"], [y])
+    found = open_session(derived.SerializeToString()).run(
+        [y], feeds | {f"adj_{y}": np.ones((1, 3, 1), np.float32)}
+    )
+    assert np.isfinite(found[0]).all()
+
+
 def weighed(power: float, *, derived: bool = True) -> bytes:
     """Four units of which two make a strong channel that is made a thousand times weaker, and two a
     weak one that is multiplied with a power."""

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, sample_count
 from secateur.graphops.calibration.derivatives import Jacobian, NoDerivative
+from secateur.graphops.model.graph import constants
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.model.runtime import open_session
 
@@ -62,11 +63,7 @@ def measure(
 def _curvature(
     model: ir.Model, axes: Mapping[str, int], batches: Sequence[Feeds], seed: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    weights = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
+    weights = sum(tensor.nbytes for tensor in constants(model.graph).values())
     if weights > LARGEST:
         raise NoDerivative(f"{weights} bytes of weights, {LARGEST} at most")
     proto = ir.to_proto(self_contained(model.clone()))
@@ -88,7 +85,7 @@ def _curvature(
 
 
 def _values(proto: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, Array]:
-    """Tensors on one sample."""
+    """Tensors on one batch."""
     opened = onnx.ModelProto()
     opened.CopyFrom(proto)
     del opened.graph.output[:]

@@ -216,6 +216,12 @@ def alike(batches: Iterable[Feeds]) -> list[int]:
     return [place for place, shape in enumerate(shapes) if shape == common]
 
 
+def evenly(samples: Sequence[Feeds], most: int) -> list[Feeds]:
+    """So many of them at most, from the first to the last."""
+    chosen = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
+    return [samples[place] for place in chosen.tolist()]
+
+
 def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
     """Opens a `.npz`, a folder of them, or arrays by name, and checks the first part.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 import onnx_ad
 
-from secateur.graphops.calibration.data import Array, Feeds, alike
+from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
 from secateur.graphops.model.runtime import open_session
 
 PREFIX = "adj_"  # onnx-ad's
@@ -61,8 +62,17 @@ def reverse(
     except Exception as error:
         raise NoDerivative(str(error)) from error
     _drop_unread(derived)
-    _multiply_by_masks(derived)
+    _multiply_by_masks(derived, {f"{PREFIX}{name}" for name in outputs})
     return derived
+
+
+@contextlib.contextmanager
+def _runs() -> Iterator[None]:
+    """What ONNX Runtime does not run is no derivative."""
+    try:
+        yield
+    except Exception as error:
+        raise NoDerivative(str(error)) from error
 
 
 class Jacobian:
@@ -90,20 +100,21 @@ class Jacobian:
         if not self._names:
             raise NoDerivative("no output is of floats")
         derived = reverse(proto, list(gates), self._names)
-        try:
+        with _runs():
             self._session = open_session(derived.SerializeToString())
-        except Exception as error:  # what ONNX Runtime does not run is no derivative
-            raise NoDerivative(str(error)) from error
-        forward = open_session(proto.SerializeToString())
-        self.outputs: list[list[Array]] = [
-            forward.run(self._names, {**feeds, **gates}) for feeds in samples
-        ]
+            forward = open_session(proto.SerializeToString())
+            self.outputs: list[list[Array]] = [
+                forward.run(self._names, {**feeds, **gates}) for feeds in samples
+            ]
 
     def products(self, direction: Direction) -> Iterator[dict[str, Array]]:
         """∂(sᵀy)/∂g by name of the gate g, shaped like it, sample by sample.
 
         Args:
             direction: s of a sample.
+
+        Raises:
+            NoDerivative: ONNX Runtime does not run it.
         """
         wanted = [f"{PREFIX}{name}" for name in self._gates]
         for sample, feeds in enumerate(self._samples):
@@ -111,7 +122,8 @@ class Jacobian:
                 f"{PREFIX}{name}": array[..., None]
                 for name, array in zip(self._names, direction(sample), strict=True)
             }
-            found = self._session.run(wanted, {**feeds, **self._gates, **seeds})
+            with _runs():
+                found = self._session.run(wanted, {**feeds, **self._gates, **seeds})
             yield {
                 name: slope.reshape(gate.shape)
                 for (name, gate), slope in zip(self._gates.items(), found, strict=True)
@@ -154,12 +166,6 @@ def single_samples(batches: Sequence[Feeds], axes: Mapping[str, int], most: int)
     return evenly([samples[place] for place in alike(samples)], most)
 
 
-def evenly(samples: Sequence[Feeds], most: int) -> list[Feeds]:
-    """So many of them at most, from the first to the last."""
-    chosen = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
-    return [samples[place] for place in chosen.tolist()]
-
-
 def _drop_unread(proto: onnx.ModelProto) -> None:
     """Drops nodes that no output needs, in place: derivatives by the bounds of a Clip, that is."""
     needed = {value.name for value in proto.graph.output}
@@ -181,20 +187,27 @@ def _read(node: onnx.NodeProto) -> Iterator[str]:
         yield from (value.name for value in attribute.g.output)
 
 
-def _multiply_by_masks(proto: onnx.ModelProto) -> None:
-    """Makes products of what a mask lets through or makes zero, in place.
+def _multiply_by_masks(proto: onnx.ModelProto, seeds: set[str]) -> None:
+    """Makes products of the derivatives that a mask lets through or makes zero, in place.
 
-    Of a Clip, that is: ONNX Runtime takes ten times as long for Where.
+    Those of a Clip, that is: ONNX Runtime takes ten times as long for Where. Of what the model
+    itself computes, where a mask may hide what is not finite, no Where is touched.
+
+    Args:
+        proto: of derivatives.
+        seeds: names of the inputs that they start from.
     """
     zeros = {
         tensor.name: tensor.data_type
         for tensor in proto.graph.initializer
         if tensor.data_type in _FLOATS and not onnx.numpy_helper.to_array(tensor).any()
     }
-    nodes = list(proto.graph.node)
+    derived, nodes = set(seeds), list(proto.graph.node)
     del proto.graph.node[:]
     for node in nodes:
-        if node.op_type != "Where" or node.input[2] not in zeros:
+        if not derived.isdisjoint(node.input):
+            derived.update(node.output)
+        if node.op_type != "Where" or node.input[1] not in derived or node.input[2] not in zeros:
             proto.graph.node.append(node)
             continue
         condition, value, zero = node.input

@@ -11,8 +11,7 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration import curvature
 from secateur.graphops.calibration.curvature import Curvature
-from secateur.graphops.calibration.data import Feeds, alike, hold_back, sample_count
-from secateur.graphops.calibration.derivatives import evenly
+from secateur.graphops.calibration.data import Feeds, alike, evenly, hold_back, sample_count
 from secateur.graphops.calibration.moments import WIDEST, Moments, collect, linear_maps, width
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.units import Coupling
