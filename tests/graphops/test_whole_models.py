@@ -829,6 +829,20 @@ def test_trained_models_that_nobody_gave_data_for(place: str) -> None:
     lawful(BENCH / place)
 
 
+@pytest.mark.skipif(not BENCH.is_dir(), reason="no trained models beside the checkout")
+def test_a_trained_model_with_a_state_learns_from_samples() -> None:
+    draw = np.random.default_rng(0)
+    samples = {
+        "input": draw.standard_normal((64, 576)).astype(np.float32) / 10,
+        "state": np.zeros((2, 64, 128), np.float32),
+        "sr": np.array(16000, np.int64),
+    }
+    model = BENCH / "vad" / "silero_vad_16k_op15.onnx"
+    report = prune(model, target={"macs": 0.7}, calibration=samples).report
+    assert report.verification.held_back
+    assert report.after.macs <= 0.7 * report.before.macs
+
+
 def attending(net: Net, asks: str, told: str) -> None:
     """Attention of (N, T, 8) over (N, S, 8), four heads of four dimensions.
 
