@@ -74,10 +74,16 @@ def carry_out(
             found = [replace(one, folded=_fold(one, asked)) for one in found]
     elif recipe.repair and choices[0].decision.observed is not None:
         with clock.stage(Stage.REPAIR, "refitting what is left"):
-            found = [
-                replace(one, repair=_refit(one, analysed, recipe, clock, (turn, len(found))))
-                for turn, one in enumerate(found)
-            ]
+            model, batches = analysed.opened.model, choices[0].decision.observed.batches
+            axis = mirror_axis(model, batches)
+            if axis is not None:
+                batches = [one for batch in batches for one in (batch, mirror(batch, axis))]
+            alike = 1 if axis is None else 2
+            for turn, one in enumerate(found):
+                coupling = one.choice.structure.rest.coupling
+                original = Observed(model, coupling, batches, recipe.seed, alike=alike)
+                steps = _refit(one, original, recipe.seed, clock, (turn, len(found)))
+                found[turn] = replace(one, repair=steps)
     done = found[0]
     if len(found) > 1:
         assert samples is not None
@@ -102,23 +108,18 @@ def _cut(choice: Choice, analysed: Analysed) -> CarriedOut:
 
 
 def _refit(
-    done: CarriedOut, analysed: Analysed, recipe: Recipe, clock: Clock, turn: tuple[int, int]
+    done: CarriedOut, original: Observed, seed: int, clock: Clock, turn: tuple[int, int]
 ) -> tuple[RepairStep, ...]:
     """Refits what is left by calibration data, layer by layer and then block by block.
 
     Args:
         done: its model is changed.
+        original: and the batches to learn from.
+        seed: of the positions that are sampled.
+        clock: told of the progress.
         turn: which of how many choices this is.
     """
-    choice, model = done.choice, analysed.opened.model
-    assert choice.decision.observed is not None
-    batches = choice.decision.observed.batches
-    axis = mirror_axis(model, batches)
-    if axis is not None:
-        batches = [one for batch in batches for one in (batch, mirror(batch, axis))]
-    coupling, alike = choice.structure.rest.coupling, 1 if axis is None else 2
-    original = Observed(model, coupling, batches, recipe.seed, alike=alike)
-    given = done.model, original, choice.decision.keep, recipe.seed
+    given = done.model, original, done.choice.decision.keep, seed
 
     def tell(half: int) -> Callable[[float], None]:
         return lambda share: clock.tell(Stage.REPAIR, (turn[0] + (half + share) / 2) / turn[1])
