@@ -58,18 +58,12 @@ def compensate(pruned: ir.Model, observed: Observed, keep: Mask) -> None:
 
 def _refitted(observed: Observed, name: str, stay: Mask) -> tuple[Matrix, Matrix]:
     """W (groups, out, kept) and how much b moves (groups, out), all outputs still there."""
-    moments = observed.moments[name]
-    weights, shifts = [], []
-    for whole, covariance, mean, mask in zip(
-        weight_of(observed.consumers[name]),
-        moments.damped(),
-        moments.mean(),
-        stay,
-        strict=True,
-    ):
-        kept = np.flatnonzero(mask)
-        cross = whole @ covariance[:, kept]
-        weight = ridge(whole[:, kept], covariance[np.ix_(kept, kept)], cross, 0.0)
-        weights.append(weight)
-        shifts.append(whole @ mean - weight @ mean[kept])
-    return np.stack(weights), np.stack(shifts)
+    moments, whole = observed.moments[name], weight_of(observed.consumers[name])
+    kept = np.nonzero(stay)[1].reshape(len(stay), -1)
+    columns, rows = kept[:, None], kept[..., None]
+    covariance = np.take_along_axis(moments.damped(), columns, axis=2)
+    left = np.take_along_axis(covariance, rows, axis=1)
+    weight = ridge(np.take_along_axis(whole, columns, axis=2), left, whole @ covariance, 0.0)
+    mean = moments.mean()[..., None]
+    shift = whole @ mean - weight @ np.take_along_axis(mean, rows, axis=1)
+    return weight, shift[..., 0]

@@ -112,31 +112,43 @@ class Sums:
             mean_x, mean_y = self.x / n, self.y / n
             xx = xx - mean_x[:, :, None] * mean_x[:, None, :]
             yx = yx - mean_y[:, :, None] * mean_x[:, None, :]
-        result = np.empty_like(weight)
-        for group in range(weight.shape[0]):
-            result[group] = ridge(weight[group], xx[group], yx[group], damping)
-        return result
+        return ridge(weight, xx, yx, damping)
 
 
 def ridge(weight: Matrix, xx: Matrix, yx: Matrix, damping: float) -> Matrix:
-    """The W of the equation above, shape (out, k).
+    """The W of the equation above, shape (groups, out, k).
 
     Args:
         weight: W₀.
-        xx: Cxx, (k, k).
-        yx: Cyx, (out, k).
+        xx: Cxx, (groups, k, k).
+        yx: Cyx, (groups, out, k).
         damping: λ.
     """
-    damped = xx.copy()
-    damped[np.diag_indices_from(damped)] += damping * max(float(np.trace(xx)) / len(xx), 1e-12)
-    missing = (yx - weight @ xx).T
+    damped, entries = xx.copy(), np.arange(xx.shape[1])
+    variances = np.trace(xx, axis1=1, axis2=2) / entries.size
+    damped[:, entries, entries] += damping * np.maximum(variances, 1e-12)[:, None]
+    missing = (yx - weight @ xx).transpose(0, 2, 1)
     try:
-        factor = scipy.linalg.cho_factor(damped, check_finite=False)
-        change = scipy.linalg.cho_solve(factor, missing, check_finite=False)
-    except np.linalg.LinAlgError:  # rounding has left it indefinite
-        change = np.linalg.lstsq(damped, missing, rcond=None)[0]
-    result: Matrix = weight + change.T
+        change = _solve(damped, missing)
+    except np.linalg.LinAlgError:  # rounding has left one of them indefinite
+        pairs = zip(damped, missing, strict=True)
+        change = np.array([np.linalg.lstsq(one, goal, rcond=None)[0] for one, goal in pairs])
+    result: Matrix = weight + change.transpose(0, 2, 1)
     return result
+
+
+def _solve(damped: Matrix, missing: Matrix) -> Matrix:
+    """Solves positive definite systems: many small ones at once, or one by its Cholesky factor.
+
+    Raises:
+        LinAlgError: one of them is not positive definite.
+    """
+    if len(damped) > 1:
+        np.linalg.cholesky(damped)  # tells whether they are; of a few entries each, it costs little
+        return np.asarray(np.linalg.solve(damped, missing), np.float64)
+    factor = scipy.linalg.cho_factor(damped[0], check_finite=False)
+    solved: Matrix = scipy.linalg.cho_solve(factor, missing[0], check_finite=False)[None]
+    return solved
 
 
 @dataclass(frozen=True, slots=True)

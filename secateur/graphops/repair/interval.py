@@ -134,10 +134,8 @@ class _Turns:
     def next(self, weight: Matrix, bias: Matrix) -> tuple[Matrix, Matrix]:
         shift, cross = self.rows.missing(weight, bias)
         mean = self.sums.x / self.sums.count
-        changed = np.empty_like(weight)
-        for group, (moments, m) in enumerate(zip(self.sums.xx, mean, strict=True)):
-            xx = moments / self.sums.count - np.outer(m, m)
-            changed[group] = ridge(np.zeros_like(weight[group]), xx, cross[group], self.damping)
+        xx = self.sums.xx / self.sums.count - mean[:, :, None] * mean[:, None, :]
+        changed = ridge(np.zeros_like(weight), xx, cross, self.damping)
         first, start = self.first
         return first + changed, start + shift - np.einsum("gok,gk->go", changed, mean)
 
