@@ -39,6 +39,7 @@ def page(report: Report, title: str) -> str:
         f"<h2>Groups</h2><p>{len(report.groups)} groups of channels or heads that go together.</p>",
         _groups(report),
         *_removed(report),
+        *_rotated(report),
         *_factored(report),
         *_divisions(report),
         *_sensitivity(report),
@@ -141,6 +142,20 @@ def _removed(report: Report) -> list[str]:
     )
     heads = ("From", "To", "Layers", "Influence", "Drift so far")
     return ["<h2>Left out whole</h2>", _table(heads, rows, numbers=(2, 3, 4))]
+
+
+def _rotated(report: Report) -> list[str]:
+    """Every stream that was cut in another basis."""
+    if not report.rotated:
+        return []
+    rows = (
+        (f"<code>{html.escape(one.group)}</code>", str(one.channels), str(one.needed))
+        for one in report.rotated
+    )
+    said = "<p>Channels that only matrix products and sums touch, and how many of the basis that "
+    said += "calibration data gave are needed for 0.99 of what reads them."
+    heads = ("Group", "Channels", "Needed")
+    return ["<h2>Streams in another basis</h2>", said, _table(heads, rows, numbers=(1, 2))]
 
 
 def _factored(report: Report) -> list[str]:

@@ -159,6 +159,9 @@ def report(found: Report, out: pathlib.Path) -> None:
         console.print(
             f"{len(found.vocabulary)} tokens are left; --report FILE.json gives their old ids"
         )
+    for stream in found.rotated:
+        text = f"{stream.needed} of {stream.channels} channels say 0.99 of {stream.group}"
+        console.print(f"in another basis, {text}", markup=False)
     for product in found.factored:
         sizes = f"{product.inputs} to {product.rank} to {product.outputs} channels"
         console.print(f"split: {product.node}, {sizes}", markup=False)

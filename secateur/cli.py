@@ -199,6 +199,13 @@ def prune(
             "--repair/--no-repair", help="Have what is left take over the work of what went."
         ),
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate/--no-rotate",
+            help="Turn streams of channels into the basis in which fewest are needed.",
+        ),
+    ] = None,
     granularity: Granularity = None,
     grouped: Annotated[
         str | None,
@@ -267,6 +274,7 @@ def prune(
         "ignore": ignore or None,
         "round_to": round_to,
         "repair": repair,
+        "rotate": rotate,
         "sparsity": sparsity,
         "weight_criterion": weight_criterion,
         "sparse_initializers": sparse_initializers,

@@ -67,7 +67,10 @@ class Plan(BaseModel):
         source: SHA-256 (hex) of the original model's bytes.
         recipe: what was asked; its vocabulary is taken before all that follows, which does not
             name the rows that went with it.
-        removed: regions that went, before anything else.
+        rotated: ids of groups whose channels were turned into another basis before anything went.
+            What is kept of them is counted in that basis, which calibration data gave; the same
+            data, recipe and model give it again.
+        removed: regions that went, before anything else but that.
         factored: products that were split, before anything was cut.
         kept: one entry per changed tensor, in the result's order. The source of a tensor that
             came by a split is the tensor as it then was, under its own name.
@@ -78,6 +81,7 @@ class Plan(BaseModel):
     version: Literal[1] = 1
     source: str
     recipe: Recipe
+    rotated: tuple[str, ...] = ()
     removed: tuple[RemovedRegion, ...] = ()
     factored: tuple[FactoredProduct, ...] = ()
     kept: tuple[KeptTensor, ...]

@@ -110,6 +110,10 @@ class Recipe(BaseModel):
             given: `channels` is met to the unit, and budgets take multiples of 8 in groups of 64
             and more, of 4 from 16 on. ONNX Runtime's convolutions fall to a path several times
             slower at other counts, and a budget leaves the choice open.
+        rotate: whether channels that only matrix products and sums touch, such as the residual
+            streams between linear bottlenecks, are first turned into the basis in which fewest of
+            them are needed; needs calibration data. The model computes the same in it, but what is
+            kept is no part of the original's weights. None: with calibration data and repair.
         repair: with calibration data, refit what is left, layer by layer, to give the original's
             values; without, move the means of what went into biases, where BatchNormalizations
             tell them. None: as true, but not refused where there is nothing to go by. False: the
@@ -140,6 +144,7 @@ class Recipe(BaseModel):
     scope: Scope | None = None
     ignore: tuple[str, ...] = ()
     round_to: int | None = Field(default=None, ge=1, le=1024)
+    rotate: bool | None = None
     repair: bool | None = None
     sparsity: str | None = None
     weight_criterion: WeightCriterion | None = None
@@ -314,6 +319,9 @@ class Recipe(BaseModel):
             "criterion": self.criterion,
             "scope": self.scope,
             "repair": self.repair is not False,
+            "rotate": self.rotate
+            if self.rotate is not None
+            else calibrated and self.repair is not False and "channel" in self.granularity,
             "weight_criterion": self.weight_criterion
             or ("second_order" if calibrated else "magnitude"),
             "quantize": self.quantize,
@@ -328,6 +336,7 @@ class Recipe(BaseModel):
             ("weight_criterion", "wanda"),
             ("weight_criterion", "second_order"),
             ("quantize", "int8"),
+            ("rotate", True),
         ):
             if chosen[field] == needs and not calibrated:
                 raise refuse(

@@ -215,6 +215,20 @@ class Removal(_Value):
     drift: float | None = None
 
 
+class Rotated(_Value):
+    """A stream of channels, cut in another basis than the original's.
+
+    Attributes:
+        group: id of its group of units.
+        channels: that it had.
+        needed: of the new basis, for 0.99 of what the nodes that read them make of them.
+    """
+
+    group: str
+    channels: int
+    needed: int
+
+
 class Factored(_Value):
     """A matrix product that was split in two.
 
@@ -357,6 +371,7 @@ class Report(_Value):
         groups: every prunable group, with how much of it was kept.
         frozen: reasons for which channels stayed.
         removed: regions that went whole, in the order in which they were chosen.
+        rotated: streams of channels that were cut in another basis than the original's.
         factored: matrix products that were split, in graph order.
         vocabulary: the original's id of each token that is left, by its new id; empty where none
             went.
@@ -379,6 +394,7 @@ class Report(_Value):
     groups: tuple[Group, ...]
     frozen: tuple[Frozen, ...]
     removed: tuple[Removal, ...] = ()
+    rotated: tuple[Rotated, ...] = ()
     factored: tuple[Factored, ...] = ()
     vocabulary: tuple[int, ...] = ()
     divisions: tuple[Division, ...] = ()

@@ -5,7 +5,8 @@ The order in which data flows is the order in which to read:
     model → coupling → criteria → planning → surgery → repair → verify → profile
 
 `pipeline` runs them; everything about an operator is in `rules`. Beside the way lie `calibration`
-(what samples show of a model), `regions` (parts that can go whole), `sparsity` and `quantise`.
+(what samples show of a model), `regions` (parts that can go whole), `rotation` (channels for which
+any basis will do), `sparsity` and `quantise`.
 """
 
 import os

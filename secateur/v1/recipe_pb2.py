@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/recipe.proto\x12\x0bsecateur.v1\"\xad\x06\n\x06Recipe\x12/\n\x06target\x18\x01 \x03(\x0b\x32\x1f.secateur.v1.Recipe.TargetEntry\x12.\n\tcriterion\x18\x02 \x01(\x0e\x32\x16.secateur.v1.CriterionH\x00\x88\x01\x01\x12-\n\x0bgranularity\x18\x03 \x03(\x0e\x32\x18.secateur.v1.Granularity\x12&\n\x05scope\x18\x04 \x01(\x0e\x32\x12.secateur.v1.ScopeH\x01\x88\x01\x01\x12\x0e\n\x06ignore\x18\x05 \x03(\t\x12\x15\n\x08round_to\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06repair\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\rH\x04\x88\x01\x01\x12*\n\x07grouped\x18\t \x01(\x0e\x32\x14.secateur.v1.GroupedH\x05\x88\x01\x01\x12.\n\treduction\x18\n \x01(\x0e\x32\x16.secateur.v1.ReductionH\x06\x88\x01\x01\x12\x30\n\nnormaliser\x18\x0b \x01(\x0e\x32\x17.secateur.v1.NormaliserH\x07\x88\x01\x01\x12\x15\n\x08sparsity\x18\x0c \x01(\tH\x08\x88\x01\x01\x12;\n\x10weight_criterion\x18\r \x01(\x0e\x32\x1c.secateur.v1.WeightCriterionH\t\x88\x01\x01\x12 \n\x13sparse_initializers\x18\x0e \x01(\x08H\n\x88\x01\x01\x12,\n\x08quantize\x18\x0f \x01(\x0e\x32\x15.secateur.v1.QuantizeH\x0b\x88\x01\x01\x12\x12\n\nvocabulary\x18\x10 \x03(\r\x1a-\n\x0bTargetEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_criterionB\x08\n\x06_scopeB\x0b\n\t_round_toB\t\n\x07_repairB\x07\n\x05_seedB\n\n\x08_groupedB\x0c\n\n_reductionB\r\n\x0b_normaliserB\x0b\n\t_sparsityB\x13\n\x11_weight_criterionB\x16\n\x14_sparse_initializersB\x0b\n\t_quantize*\xf3\x02\n\tCriterion\x12\x19\n\x15\x43RITERION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43RITERION_L1\x10\x01\x12\x10\n\x0c\x43RITERION_L2\x10\x02\x12\x14\n\x10\x43RITERION_RANDOM\x10\x03\x12\x16\n\x12\x43RITERION_BN_SCALE\x10\x04\x12\x18\n\x14\x43RITERION_ACTIVATION\x10\x05\x12\x1c\n\x18\x43RITERION_RECONSTRUCTION\x10\x06\x12\x12\n\x0e\x43RITERION_LAMP\x10\x07\x12\x12\n\x0e\x43RITERION_FPGM\x10\x08\x12\x11\n\rCRITERION_RMS\x10\t\x12\x12\n\x0e\x43RITERION_APOZ\x10\n\x12\x16\n\x12\x43RITERION_VARIANCE\x10\x0b\x12\x13\n\x0f\x43RITERION_WANDA\x10\x0c\x12\x19\n\x15\x43RITERION_FLUCTUATION\x10\r\x12\x14\n\x10\x43RITERION_TAYLOR\x10\x0e\x12\x14\n\x10\x43RITERION_FISHER\x10\x0f*u\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x11\n\rREDUCTION_SUM\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_MAX\x10\x03\x12\x13\n\x0fREDUCTION_FIRST\x10\x04*\x81\x01\n\nNormaliser\x12\x1a\n\x16NORMALISER_UNSPECIFIED\x10\x00\x12\x13\n\x0fNORMALISER_NONE\x10\x01\x12\x13\n\x0fNORMALISER_MEAN\x10\x02\x12\x12\n\x0eNORMALISER_MAX\x10\x03\x12\x19\n\x15NORMALISER_ISOMORPHIC\x10\x04*\xd0\x01\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\x17\n\x13GRANULARITY_CHANNEL\x10\x01\x12\x14\n\x10GRANULARITY_HEAD\x10\x02\x12\x18\n\x14GRANULARITY_HEAD_DIM\x10\x03\x12\x16\n\x12GRANULARITY_WEIGHT\x10\x04\x12\x15\n\x11GRANULARITY_LAYER\x10\x05\x12\x14\n\x10GRANULARITY_RANK\x10\x06\x12\x16\n\x12GRANULARITY_EXPERT\x10\x07*\x92\x01\n\x0fWeightCriterion\x12 \n\x1cWEIGHT_CRITERION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aWEIGHT_CRITERION_MAGNITUDE\x10\x01\x12\x1a\n\x16WEIGHT_CRITERION_WANDA\x10\x02\x12!\n\x1dWEIGHT_CRITERION_SECOND_ORDER\x10\x03*e\n\x08Quantize\x12\x18\n\x14QUANTIZE_UNSPECIFIED\x10\x00\x12\x11\n\rQUANTIZE_INT8\x10\x01\x12\x19\n\x15QUANTIZE_INT8_DYNAMIC\x10\x02\x12\x11\n\rQUANTIZE_FP16\x10\x03*]\n\x07Grouped\x12\x17\n\x13GROUPED_UNSPECIFIED\x10\x00\x12\x10\n\x0cGROUPED_AUTO\x10\x01\x12\x11\n\rGROUPED_WHOLE\x10\x02\x12\x14\n\x10GROUPED_BALANCED\x10\x03*U\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSCOPE_LOCAL\x10\x01\x12\x10\n\x0cSCOPE_GLOBAL\x10\x02\x12\x12\n\x0eSCOPE_MEASURED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18secateur/v1/recipe.proto\x12\x0bsecateur.v1\"\xcd\x06\n\x06Recipe\x12/\n\x06target\x18\x01 \x03(\x0b\x32\x1f.secateur.v1.Recipe.TargetEntry\x12.\n\tcriterion\x18\x02 \x01(\x0e\x32\x16.secateur.v1.CriterionH\x00\x88\x01\x01\x12-\n\x0bgranularity\x18\x03 \x03(\x0e\x32\x18.secateur.v1.Granularity\x12&\n\x05scope\x18\x04 \x01(\x0e\x32\x12.secateur.v1.ScopeH\x01\x88\x01\x01\x12\x0e\n\x06ignore\x18\x05 \x03(\t\x12\x15\n\x08round_to\x18\x06 \x01(\rH\x02\x88\x01\x01\x12\x13\n\x06repair\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\rH\x04\x88\x01\x01\x12*\n\x07grouped\x18\t \x01(\x0e\x32\x14.secateur.v1.GroupedH\x05\x88\x01\x01\x12.\n\treduction\x18\n \x01(\x0e\x32\x16.secateur.v1.ReductionH\x06\x88\x01\x01\x12\x30\n\nnormaliser\x18\x0b \x01(\x0e\x32\x17.secateur.v1.NormaliserH\x07\x88\x01\x01\x12\x15\n\x08sparsity\x18\x0c \x01(\tH\x08\x88\x01\x01\x12;\n\x10weight_criterion\x18\r \x01(\x0e\x32\x1c.secateur.v1.WeightCriterionH\t\x88\x01\x01\x12 \n\x13sparse_initializers\x18\x0e \x01(\x08H\n\x88\x01\x01\x12,\n\x08quantize\x18\x0f \x01(\x0e\x32\x15.secateur.v1.QuantizeH\x0b\x88\x01\x01\x12\x12\n\nvocabulary\x18\x10 \x03(\r\x12\x13\n\x06rotate\x18\x11 \x01(\x08H\x0c\x88\x01\x01\x1a-\n\x0bTargetEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_criterionB\x08\n\x06_scopeB\x0b\n\t_round_toB\t\n\x07_repairB\x07\n\x05_seedB\n\n\x08_groupedB\x0c\n\n_reductionB\r\n\x0b_normaliserB\x0b\n\t_sparsityB\x13\n\x11_weight_criterionB\x16\n\x14_sparse_initializersB\x0b\n\t_quantizeB\t\n\x07_rotate*\xf3\x02\n\tCriterion\x12\x19\n\x15\x43RITERION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x43RITERION_L1\x10\x01\x12\x10\n\x0c\x43RITERION_L2\x10\x02\x12\x14\n\x10\x43RITERION_RANDOM\x10\x03\x12\x16\n\x12\x43RITERION_BN_SCALE\x10\x04\x12\x18\n\x14\x43RITERION_ACTIVATION\x10\x05\x12\x1c\n\x18\x43RITERION_RECONSTRUCTION\x10\x06\x12\x12\n\x0e\x43RITERION_LAMP\x10\x07\x12\x12\n\x0e\x43RITERION_FPGM\x10\x08\x12\x11\n\rCRITERION_RMS\x10\t\x12\x12\n\x0e\x43RITERION_APOZ\x10\n\x12\x16\n\x12\x43RITERION_VARIANCE\x10\x0b\x12\x13\n\x0f\x43RITERION_WANDA\x10\x0c\x12\x19\n\x15\x43RITERION_FLUCTUATION\x10\r\x12\x14\n\x10\x43RITERION_TAYLOR\x10\x0e\x12\x14\n\x10\x43RITERION_FISHER\x10\x0f*u\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x11\n\rREDUCTION_SUM\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_MAX\x10\x03\x12\x13\n\x0fREDUCTION_FIRST\x10\x04*\x81\x01\n\nNormaliser\x12\x1a\n\x16NORMALISER_UNSPECIFIED\x10\x00\x12\x13\n\x0fNORMALISER_NONE\x10\x01\x12\x13\n\x0fNORMALISER_MEAN\x10\x02\x12\x12\n\x0eNORMALISER_MAX\x10\x03\x12\x19\n\x15NORMALISER_ISOMORPHIC\x10\x04*\xd0\x01\n\x0bGranularity\x12\x1b\n\x17GRANULARITY_UNSPECIFIED\x10\x00\x12\x17\n\x13GRANULARITY_CHANNEL\x10\x01\x12\x14\n\x10GRANULARITY_HEAD\x10\x02\x12\x18\n\x14GRANULARITY_HEAD_DIM\x10\x03\x12\x16\n\x12GRANULARITY_WEIGHT\x10\x04\x12\x15\n\x11GRANULARITY_LAYER\x10\x05\x12\x14\n\x10GRANULARITY_RANK\x10\x06\x12\x16\n\x12GRANULARITY_EXPERT\x10\x07*\x92\x01\n\x0fWeightCriterion\x12 \n\x1cWEIGHT_CRITERION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aWEIGHT_CRITERION_MAGNITUDE\x10\x01\x12\x1a\n\x16WEIGHT_CRITERION_WANDA\x10\x02\x12!\n\x1dWEIGHT_CRITERION_SECOND_ORDER\x10\x03*e\n\x08Quantize\x12\x18\n\x14QUANTIZE_UNSPECIFIED\x10\x00\x12\x11\n\rQUANTIZE_INT8\x10\x01\x12\x19\n\x15QUANTIZE_INT8_DYNAMIC\x10\x02\x12\x11\n\rQUANTIZE_FP16\x10\x03*]\n\x07Grouped\x12\x17\n\x13GROUPED_UNSPECIFIED\x10\x00\x12\x10\n\x0cGROUPED_AUTO\x10\x01\x12\x11\n\rGROUPED_WHOLE\x10\x02\x12\x14\n\x10GROUPED_BALANCED\x10\x03*U\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSCOPE_LOCAL\x10\x01\x12\x10\n\x0cSCOPE_GLOBAL\x10\x02\x12\x12\n\x0eSCOPE_MEASURED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RECIPE_TARGETENTRY']._loaded_options = None
   _globals['_RECIPE_TARGETENTRY']._serialized_options = b'8\001'
-  _globals['_CRITERION']._serialized_start=858
-  _globals['_CRITERION']._serialized_end=1229
-  _globals['_REDUCTION']._serialized_start=1231
-  _globals['_REDUCTION']._serialized_end=1348
-  _globals['_NORMALISER']._serialized_start=1351
-  _globals['_NORMALISER']._serialized_end=1480
-  _globals['_GRANULARITY']._serialized_start=1483
-  _globals['_GRANULARITY']._serialized_end=1691
-  _globals['_WEIGHTCRITERION']._serialized_start=1694
-  _globals['_WEIGHTCRITERION']._serialized_end=1840
-  _globals['_QUANTIZE']._serialized_start=1842
-  _globals['_QUANTIZE']._serialized_end=1943
-  _globals['_GROUPED']._serialized_start=1945
-  _globals['_GROUPED']._serialized_end=2038
-  _globals['_SCOPE']._serialized_start=2040
-  _globals['_SCOPE']._serialized_end=2125
+  _globals['_CRITERION']._serialized_start=890
+  _globals['_CRITERION']._serialized_end=1261
+  _globals['_REDUCTION']._serialized_start=1263
+  _globals['_REDUCTION']._serialized_end=1380
+  _globals['_NORMALISER']._serialized_start=1383
+  _globals['_NORMALISER']._serialized_end=1512
+  _globals['_GRANULARITY']._serialized_start=1515
+  _globals['_GRANULARITY']._serialized_end=1723
+  _globals['_WEIGHTCRITERION']._serialized_start=1726
+  _globals['_WEIGHTCRITERION']._serialized_end=1872
+  _globals['_QUANTIZE']._serialized_start=1874
+  _globals['_QUANTIZE']._serialized_end=1975
+  _globals['_GROUPED']._serialized_start=1977
+  _globals['_GROUPED']._serialized_end=2070
+  _globals['_SCOPE']._serialized_start=2072
+  _globals['_SCOPE']._serialized_end=2157
   _globals['_RECIPE']._serialized_start=42
-  _globals['_RECIPE']._serialized_end=855
-  _globals['_RECIPE_TARGETENTRY']._serialized_start=641
-  _globals['_RECIPE_TARGETENTRY']._serialized_end=686
+  _globals['_RECIPE']._serialized_end=887
+  _globals['_RECIPE_TARGETENTRY']._serialized_start=662
+  _globals['_RECIPE_TARGETENTRY']._serialized_end=707
 # @@protoc_insertion_point(module_scope)

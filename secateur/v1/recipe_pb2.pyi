@@ -132,7 +132,7 @@ SCOPE_GLOBAL: Scope
 SCOPE_MEASURED: Scope
 
 class Recipe(_message.Message):
-    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped", "reduction", "normaliser", "sparsity", "weight_criterion", "sparse_initializers", "quantize", "vocabulary")
+    __slots__ = ("target", "criterion", "granularity", "scope", "ignore", "round_to", "repair", "seed", "grouped", "reduction", "normaliser", "sparsity", "weight_criterion", "sparse_initializers", "quantize", "vocabulary", "rotate")
     class TargetEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class Recipe(_message.Message):
     SPARSE_INITIALIZERS_FIELD_NUMBER: _ClassVar[int]
     QUANTIZE_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    ROTATE_FIELD_NUMBER: _ClassVar[int]
     target: _containers.ScalarMap[str, float]
     criterion: Criterion
     granularity: _containers.RepeatedScalarFieldContainer[Granularity]
@@ -172,4 +173,5 @@ class Recipe(_message.Message):
     sparse_initializers: bool
     quantize: Quantize
     vocabulary: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., normaliser: _Optional[_Union[Normaliser, str]] = ..., sparsity: _Optional[str] = ..., weight_criterion: _Optional[_Union[WeightCriterion, str]] = ..., sparse_initializers: _Optional[bool] = ..., quantize: _Optional[_Union[Quantize, str]] = ..., vocabulary: _Optional[_Iterable[int]] = ...) -> None: ...
+    rotate: bool
+    def __init__(self, target: _Optional[_Mapping[str, float]] = ..., criterion: _Optional[_Union[Criterion, str]] = ..., granularity: _Optional[_Iterable[_Union[Granularity, str]]] = ..., scope: _Optional[_Union[Scope, str]] = ..., ignore: _Optional[_Iterable[str]] = ..., round_to: _Optional[int] = ..., repair: _Optional[bool] = ..., seed: _Optional[int] = ..., grouped: _Optional[_Union[Grouped, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., normaliser: _Optional[_Union[Normaliser, str]] = ..., sparsity: _Optional[str] = ..., weight_criterion: _Optional[_Union[WeightCriterion, str]] = ..., sparse_initializers: _Optional[bool] = ..., quantize: _Optional[_Union[Quantize, str]] = ..., vocabulary: _Optional[_Iterable[int]] = ..., rotate: _Optional[bool] = ...) -> None: ...

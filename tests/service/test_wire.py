@@ -68,6 +68,7 @@ DIVISIONS = (
     report.Division(regions=0),
     report.Division(regions=2, factored=1, drift=0.0, chosen=True, final_drift=0.0),
 )
+ROTATED = report.Rotated(group="g", channels=8, needed=3)
 FACTORED = report.Factored(node="n", inputs=8, outputs=4, rank=2, error=0.0)
 STEP = report.RepairStep(node="n", error_before=0.5, error_after=0.0, method="shift")
 
@@ -88,6 +89,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
     (REMOVAL, report_pb2.Removal),
     (DIVISIONS[0], report_pb2.Division),
     (DIVISIONS[1], report_pb2.Division),
+    (ROTATED, report_pb2.Rotated),
     (FACTORED, report_pb2.Factored),
     (STEP, report_pb2.RepairStep),
     (WEIGHT, report_pb2.SparseWeight),
@@ -109,6 +111,7 @@ VALUES: list[tuple[pydantic.BaseModel, Any]] = [
             groups=(GROUP, GROUP),
             frozen=(),
             removed=(REMOVAL,),
+            rotated=(ROTATED,),
             factored=(FACTORED,),
             vocabulary=(7, 0),
             divisions=DIVISIONS,

@@ -37,6 +37,7 @@ from secateur.graphops.pipeline.records import (
     unrepaired,
     with_zeros,
 )
+from secateur.graphops.pipeline.rotating import turn
 from secateur.graphops.planning import cost
 from secateur.graphops.profile import measure
 from secateur.graphops.quantise.quantise import check_loads, quantise
@@ -132,6 +133,8 @@ def prune_unverified(
             known, analysed, samples = _keep_tokens(analysed, recipe, samples)
     feeds = examples(analysed) if samples is None else samples.judged
     with one_blas_thread():
+        turned = turn(analysed, samples, recipe, plan, clock)
+        analysed = turned.analysed
         try:
             choices = choose(analysed, recipe, samples, plan, clock, memory_meter)
         except Refused as refused:
@@ -169,6 +172,7 @@ def prune_unverified(
         groups=tuple(group_record(group, coupling, keep) for group in coupling.groups),
         frozen=frozen_records(coupling),
         removed=structure.removals,
+        rotated=turned.rotated,
         factored=structure.losses,
         vocabulary=() if known is None else tuple(known.ids.tolist()),
         divisions=choice.divisions,
@@ -186,6 +190,7 @@ def prune_unverified(
         plan=Plan(
             source=opened.sha256,
             recipe=asked,
+            rotated=turned.groups,
             removed=structure.removed,
             factored=structure.factored,
             kept=done.kept,
@@ -195,6 +200,7 @@ def prune_unverified(
         evidence=evidence,
         warnings=(
             *(f"the model has no {kind} that may go" for kind in choice.absent),
+            *turned.warnings,
             *choice.decision.warnings,
             *unrepaired(done.quantised),
             *too_wide(sparse_weights, recipe),

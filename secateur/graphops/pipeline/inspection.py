@@ -18,6 +18,7 @@ from secateur.graphops.pipeline.records import (
     region_records,
     sensitivity_records,
 )
+from secateur.graphops.pipeline.rotating import turn
 from secateur.graphops.pipeline.structure import offer_of
 from secateur.graphops.planning.sensitivity import Curve
 from secateur.recipe import UNITS, Recipe
@@ -57,7 +58,8 @@ def inspect(
     curves: Mapping[int, Curve] = {}
     if samples is not None:
         with one_blas_thread():
-            curves = decide(analysed, recipe, samples, None, clock).curves or {}
+            turned = turn(analysed, samples, recipe, None, clock)
+            curves = decide(turned.analysed, recipe, samples, None, clock).curves or {}
     coupling = analysed.coupling
     return Inspection(
         groups=tuple(group_record(group, coupling, keep) for group in coupling.groups),

@@ -6,6 +6,8 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from secateur.graphops.calibration.curvature import Curvature
 from secateur.graphops.calibration.moments import WIDEST
 from secateur.graphops.coupling.units import Coupling, UnitGroup
@@ -16,6 +18,7 @@ from secateur.graphops.planning.sensitivity import Curve
 from secateur.graphops.planning.steps import Mask
 from secateur.graphops.profile.size import compressed
 from secateur.graphops.regions import find as found
+from secateur.graphops.rotation.bases import Rotation
 from secateur.recipe import Recipe
 from secateur.report import (
     Cost,
@@ -24,10 +27,12 @@ from secateur.report import (
     Group,
     Region,
     Removal,
+    Rotated,
     Sensitivity,
     SparseWeight,
 )
 
+_NEARLY = 0.99  # of what the readers of a stream make of it
 _SLOWER = 1.05  # a latency ratio above it is called slower; below, it is noise
 
 
@@ -66,6 +71,16 @@ def _region(offer: Offer, one: found.Region, refused: str = "") -> Region:
         macs=round(saved["macs"]),
         params=round(saved["params"]),
         refused=refused,
+    )
+
+
+def rotated_record(group: str, one: Rotation) -> Rotated:
+    """A stream that is in another basis."""
+    carried = np.cumsum(one.shares)
+    return Rotated(
+        group=group,
+        channels=carried.size,
+        needed=min(int(np.searchsorted(carried, _NEARLY)) + 1, carried.size),
     )
 
 

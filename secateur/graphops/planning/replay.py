@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,31 @@ def units_kept(
             keep[units[~mask]] = False
     _check_consistent(stated, keep, coupling, copies)
     return keep
+
+
+def streams_rotated(plan: Plan, offered: Collection[str], sha256: str) -> tuple[str, ...]:
+    """The streams that are turned into another basis under a plan, by the ids of their groups.
+
+    Args:
+        plan: to replay.
+        offered: ids of the groups of which any basis will do.
+        sha256: of the model.
+
+    Raises:
+        Refused: `INVALID_PLAN` when the plan is for another model, or turns other groups.
+    """
+    _check_source(plan, sha256)
+    for group in plan.rotated:
+        if group not in offered:
+            raise refuse(
+                Code.INVALID_PLAN,
+                f"the channels of {group!r} cannot be turned into another basis",
+                nodes=(group,),
+                expected="a group that only matrix products and sums touch",
+                found="no such group",
+                hint="Make the plan anew with --save-plan.",
+            )
+    return plan.rotated
 
 
 def regions_removed(plan: Plan, offer: Offer, sha256: str) -> tuple[Region, ...]:

@@ -30,8 +30,8 @@ ZERO_AT_ZERO = (
     "Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
 )
 BROADCASTING = (
-    "BitShift BitwiseAnd BitwiseOr BitwiseXor Greater GreaterOrEqual Less LessOrEqual Max Mean Min "
-    "Mod Or PRelu Pow Sum Xor"
+    "BitShift BitwiseAnd BitwiseOr BitwiseXor Greater GreaterOrEqual Less LessOrEqual Max Min Mod "
+    "Or PRelu Pow Xor"
 )
 
 
@@ -246,10 +246,11 @@ _unary("Cast", void=void.of_first, couple=couple_cast, rewrite=rewrite_cast)
 _unary("CastLike", void=void.of_first, reads=None)  # the second input says only a type
 _broadcast = functools.partial(register, family="broadcast", couple=couple_broadcast)
 _broadcast(BROADCASTING, void=void.of_empty)
+_broadcast("Mean Sum", void=void.of_empty, additive=True)
 _broadcast("Mul And", void=void.of_any)
 _broadcast("Div", void=void.of_first)
-_broadcast("Add", void=void.added)
-_broadcast("Sub", void=void.subtracted)
+_broadcast("Add", void=void.added, additive=True)
+_broadcast("Sub", void=void.subtracted, additive=True)
 _broadcast("Where", void=void.chosen)
 _broadcast("Equal", couple=couple_equal, rewrite=rewrite_equal, void=void.of_empty)
 register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)

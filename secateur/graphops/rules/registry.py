@@ -50,6 +50,8 @@ class Rule:
         reads: inputs whose labels `couple` looks at; labels that reach others are frozen.
             None: all of them.
         moves: whether the outputs hold elements of input 0 and no others.
+        additive: whether the output holds sums of elements of the inputs, with the same factors at
+            every position of an axis that passes.
         domain, op_type: the operator, `ai.onnx` spelt as the empty string.
         since, until: opset versions for which it holds, inclusive.
     """
@@ -65,6 +67,7 @@ class Rule:
     roles: dict[int, str]
     reads: tuple[int, ...] | None
     moves: bool
+    additive: bool
     domain: str
     op_type: str
     since: int
@@ -90,6 +93,7 @@ def register(
     roles: dict[int, str] | None = None,
     reads: tuple[int, ...] | None = None,
     moves: bool = False,
+    additive: bool = False,
     domain: str = "",
     since: int = 1,
     until: int = _LATEST,
@@ -120,6 +124,7 @@ def register(
                 roles or {},
                 reads,
                 moves,
+                additive,
                 domain,
                 op_type,
                 since,

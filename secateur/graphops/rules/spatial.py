@@ -11,7 +11,7 @@ from secateur.graphops.model.attributes import integer, integers, integers_at, o
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
-POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
+POOLS = "GlobalLpPool GlobalMaxPool LpPool MaxPool"
 
 
 def couple_pool(flow: Flow, node: ir.Node) -> None:
@@ -139,6 +139,7 @@ def couple_roi(flow: Flow, node: ir.Node) -> None:
 
 
 register(POOLS, "spatial", couple_pool, reads=(0,))
+register("AveragePool GlobalAveragePool", "spatial", couple_pool, reads=(0,), additive=True)
 register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize, reads=(0,))
 register("DepthToSpace", "spatial", couple_depth_to_space)
 register("SpaceToDepth", "spatial", couple_space_to_depth)

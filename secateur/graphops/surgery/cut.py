@@ -14,7 +14,7 @@ from secateur.graphops import rules
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.constants import set_constant
-from secateur.graphops.model.graph import bodies, constant_tensor, node_label, walk
+from secateur.graphops.model.graph import bodies, constant_of, constant_tensor, node_label, walk
 from secateur.graphops.model.opening import release
 from secateur.graphops.rules.registry import Rewrite
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
@@ -183,12 +183,20 @@ def _merge_copies(graph: ir.Graph, kept: Kept, copies: Mapping[str, str]) -> Non
         copy, original = graph.initializers.get(name), graph.initializers.get(source)
         if copy is None or original is None or copy.is_graph_output():
             continue
-        if kept.get(name) == kept.get(source):
+        if kept.get(name) == kept.get(source) and _equal(copy, original):
             copy.replace_all_uses_with(original)
             if copy.is_graph_input():
                 graph.inputs.remove(copy)
             del graph.initializers[name]
             kept.pop(name, None)
+
+
+def _equal(copy: ir.Value, original: ir.Value) -> bool:
+    """Whether two vectors hold the same numbers: one may have come into another basis."""
+    first, second = constant_of(copy), constant_of(original)
+    assert first is not None
+    assert second is not None
+    return first is second or first.tobytes() == second.tobytes()
 
 
 def unread(graph: ir.Graph) -> set[str]:
