@@ -33,12 +33,13 @@ class Clock:
 
     @contextlib.contextmanager
     def stage(self, stage: Stage, message: str) -> Iterator[None]:
-        """The time of a stage, which begins and ends with the block."""
+        """Adds to the time of a stage what the block takes."""
         if self.progress is not None:
             self.progress(Progress(stage=stage, fraction=_BEGINS[stage], message=message))
         start = time.perf_counter()
         yield
-        self.seconds[stage.value] = round(time.perf_counter() - start, 4)
+        taken = time.perf_counter() - start
+        self.seconds[stage.value] = round(self.seconds.get(stage.value, 0.0) + taken, 4)
 
     def tell(self, stage: Stage, share: float) -> None:
         """Progress inside a stage."""
