@@ -5,9 +5,10 @@
 Uses `../shared/bench`: recipes run with the calibration samples of `tasks.py`, and are scored on
 data that calibration has not seen. Rows of every model: channels, heads, layers, ranks and all of
 them at MACs 0.7 and 0.5; 2:4 and half of the weights by magnitude and by second order. Of some:
-int8 after MACs 0.5, and as few layers as blocks fewer have (30 and 24 of MiniLM's 36 for one and
-two, 50, 44 and 38 of ResNet-56's 56 for three, six and nine residual blocks), with repair and
-without. Drift and latency ratio are of the report: original and result in turns.
+int8 after MACs 0.5, channels=0.75 with streams in another basis and without, and as few layers as
+blocks fewer have (30 and 24 of MiniLM's 36 for one and two, 50, 44 and 38 of ResNet-56's 56 for
+three, six and nine residual blocks), with repair and without. Drift and latency ratio are of the
+report: original and result in turns.
 
 Every row is a cell, run in a process of its own and added to FILE (JSON lines) when it is done; a
 second run takes from there what it finds. Take the file away to measure anew.
@@ -39,6 +40,7 @@ KINDS = {
 }
 PATTERNS = ("2:4", "0.5")
 QUANTISED = ("resnet56", "efficientnet_lite0", "minilm")
+ROTATED = ("efficientnet_lite0",)  # with streams between linear bottlenecks
 LAYERS = {"minilm": (30, 24, 36), "resnet56": (50, 44, 38, 56)}  # kept, and of how many
 
 
@@ -71,6 +73,9 @@ def recipes(task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
         for kind, granularity in KINDS.items():
             fields = {"granularity": granularity, "target": {"macs": target}}
             yield f"{kind} macs={target}", fields
+    for rotate in (False, True) if task.name in ROTATED else ():
+        name = f"channels=0.75{'' if rotate else ', not rotated'}"
+        yield name, {"target": {"channels": 0.75}, "rotate": rotate}
     for pattern in PATTERNS:
         for criterion in ("magnitude", "second_order"):
             fields = {"granularity": ["weight"], "sparsity": pattern}
