@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, sample_count
-from secateur.graphops.calibration.derivatives import Jacobian, NoDerivative
+from secateur.graphops.calibration.derivatives import Jacobian, NoDerivative, add_shift
 from secateur.graphops.model.graph import constants
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.model.runtime import open_session
@@ -101,15 +101,10 @@ def _insert_shifts(proto: onnx.ModelProto, values: Mapping[str, Array]) -> dict[
     zeros = {}
     for node in nodes:
         proto.graph.node.append(node)
-        for place, name in enumerate(node.output):
-            if name not in values:
-                continue
-            shift, alone = f"{_SHIFT}{name}", f"{_SHIFT}{name}_x"
-            zeros[shift] = np.zeros_like(values[name])
-            proto.graph.node[-1].output[place] = alone
-            proto.graph.node.append(onnx.helper.make_node("Add", [alone, shift], [name], shift))
-            kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
-            proto.graph.input.append(
-                onnx.helper.make_tensor_value_info(shift, kind, values[name].shape)
-            )
+        for name in node.output:
+            if name in values:
+                shift = f"{_SHIFT}{name}"
+                zeros[shift] = np.zeros_like(values[name])
+                kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
+                add_shift(proto.graph, name, shift, kind, values[name].shape)
     return zeros

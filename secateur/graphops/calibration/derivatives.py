@@ -47,6 +47,24 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
     _replace_strides(proto)
 
 
+def add_shift(
+    graph: onnx.GraphProto, name: str, shift: str, kind: int, shape: Sequence[int]
+) -> None:
+    """Adds a new input of the graph to an output of its last node, in place. With zeros for it
+    nothing changes, and the derivative with respect to it is that with respect to the output.
+
+    Args:
+        graph: its nodes up to the one in question.
+        name: of the output.
+        shift: name of the input.
+        kind, shape: of both.
+    """
+    outputs, alone = graph.node[-1].output, f"{shift}_x"
+    outputs[list(outputs).index(name)] = alone
+    graph.node.append(onnx.helper.make_node("Add", [alone, shift], [name], shift))
+    graph.input.append(onnx.helper.make_tensor_value_info(shift, kind, list(shape)))
+
+
 def reverse(
     proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]
 ) -> onnx.ModelProto:

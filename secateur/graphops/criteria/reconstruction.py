@@ -37,7 +37,7 @@ from secateur.graphops.criteria.context import Context, places_of
 Matrix = npt.NDArray[np.float64]
 Columns = npt.NDArray[np.int64]
 
-_TINY = 1e-12  # where nothing varies, or nothing depends on it
+_TINY = 1e-12  # where nothing varies
 _LEAST = 1e-6  # of the largest curvature: below it derivatives are noise
 _AT_ONCE = 32  # one in that many of the units that are left goes in one step
 _LIKELY = 8  # times as many are looked at closely, but no fewer than
@@ -151,8 +151,8 @@ def _consumers(observed: Observed, name: str, units: Units, derived: bool) -> It
     weights, covariances, dampings = weight_of(view), moments.damped(), moments.damping()
     if derived:
         curvature = observed.curvature.of[name]
-        least = max(_LEAST * curvature.max(), _TINY)
-        weights = weights * np.sqrt(np.maximum(curvature, least)).reshape(*weights.shape[:2], 1)
+        least = np.maximum(curvature, _LEAST * curvature.max())
+        weights = weights * np.sqrt(least).reshape(*weights.shape[:2], 1)
     for weight, covariance, damping, channels in zip(
         weights, covariances, dampings, view.channels(line.size), strict=True
     ):

@@ -24,7 +24,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, sample_count
-from secateur.graphops.calibration.derivatives import PREFIX, NoDerivative, freeze, reverse
+from secateur.graphops.calibration.derivatives import (
+    PREFIX,
+    NoDerivative,
+    add_shift,
+    freeze,
+    reverse,
+)
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.model.graph import node_label
@@ -172,15 +178,11 @@ class _JointFit:
             place = places.get(node.output[0])
             if place is None:
                 continue
-            layer, weight = proto.graph.node[-1], f"{_WEIGHT}{place}"
-            layer.input[self._block.targets[place].view.weight] = weight
-            alone, shift = f"{_SHIFT}{place}_x", f"{_SHIFT}{place}"
-            layer.output[0] = alone
-            proto.graph.node.append(
-                onnx.helper.make_node("Add", [alone, shift], [self._ys[place]], shift)
-            )
+            weight, y = f"{_WEIGHT}{place}", self._ys[place]
+            proto.graph.node[-1].input[self._block.targets[place].view.weight] = weight
             proto.graph.input.append(_input(weight, self.layers[place].shape))
-            proto.graph.input.append(_input(shift, self._shapes[place]))
+            float32, shape = onnx.TensorProto.FLOAT, self._shapes[place]
+            add_shift(proto.graph, y, f"{_SHIFT}{place}", float32, shape)
         read = {name for node in proto.graph.node for name in node.input}
         kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
         del proto.graph.initializer[:]
