@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from secateur.graphops.rules.linear import LinearMap
 Matrix = npt.NDArray[np.float64]
 
 
-def rotate(model: ir.Model, rotations: Iterable[Rotation]) -> ir.Model:
+def rotate(model: ir.Model, rotations: Sequence[Rotation]) -> ir.Model:
     """A new model that computes the same with streams in another basis; the one given stays.
 
     Args:
@@ -25,19 +25,21 @@ def rotate(model: ir.Model, rotations: Iterable[Rotation]) -> ir.Model:
         rotations: of them.
     """
     result = model.clone()
-    weights: dict[str, tuple[LinearMap, Matrix]] = {}  # of a square product, both sides change
+    values = {str(value.name): value for value in _values(result.graph)}
+    sides: dict[LinearMap, list[Matrix | None]] = {}  # T of what it writes, T⁻¹ of what it reads
     for turn in rotations:
         for view in turn.stream.producers:
-            name, weight = _known(weights, view)
-            weights[name] = view, turn.there @ weight
+            sides.setdefault(view, [None, None])[0] = turn.there
         for view in turn.stream.readers:
-            name, weight = _known(weights, view)
-            turned = by_channel(view, weight) @ turn.back
-            weights[name] = view, turned.reshape(weight.shape)
-    values = {str(value.name): value for value in _values(result.graph)}
-    for name, (view, weight) in weights.items():
-        old = tensor_of(view)
+            sides.setdefault(view, [None, None])[1] = turn.back
+    for view, (there, back) in sides.items():
+        weight, old = weight_of(view)[0], tensor_of(view)
         assert old is not None
+        if there is not None:
+            weight = there @ weight
+        if back is not None:
+            weight = (by_channel(view, weight) @ back).reshape(weight.shape)
+        name = str(view.node.inputs[view.weight].name)  # type: ignore[union-attr]
         _write(values[name], old, view.tensor(weight[None], old.shape.numpy()))
     for turn in rotations:
         for name, axis in turn.stream.added.items():
@@ -46,14 +48,6 @@ def rotate(model: ir.Model, rotations: Iterable[Rotation]) -> ir.Model:
             array = np.moveaxis(old.numpy().astype(np.float64), axis, -1) @ turn.there.T
             _write(values[name], old, np.moveaxis(array, -1, axis))
     return result
-
-
-def _known(weights: dict[str, tuple[LinearMap, Matrix]], view: LinearMap) -> tuple[str, Matrix]:
-    """Name of a product's weight, and the weight as it now is, (out, k)."""
-    value = view.node.inputs[view.weight]
-    assert value is not None
-    name = str(value.name)
-    return name, weights[name][1] if name in weights else weight_of(view)[0]
 
 
 def _values(graph: ir.Graph) -> Iterable[ir.Value]:
