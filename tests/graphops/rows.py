@@ -1257,6 +1257,9 @@ def _(net: Net) -> str:
     return image_end(net, net.op("Mul", net.conv(x, C, 6), mean), 6)
 
 
+rows("ReduceMean", {"over space, of any sign": on_image("ReduceMean", axes=[2, 3], keepdims=1)})
+
+
 @row("ReduceSum", "empty axes and no operation", opset=18)
 def _(net: Net) -> str:
     return image_end(net, net.op("ReduceSum", image(net), noop_with_empty_axes=1, name=SUBJECT))

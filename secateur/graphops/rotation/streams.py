@@ -11,7 +11,7 @@ the channels run, the rules say what each operator on the way does to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +87,8 @@ class _Search:
 
     def visit(self, node: ir.Node) -> None:
         """Notes what a node does to the streams that it reads or writes."""
+        if node.op_type == "Constant" and node.domain == "":
+            return  # what reads it says what it does
         read = {index: self._lies(value) for index, value in enumerate(node.inputs)}
         written = [self._lies(value) for value in node.outputs]
         touched = {group for lies in (*read.values(), *written) for group in lies.values()}
@@ -98,7 +100,8 @@ class _Search:
         elif view is not None:
             passed = self._product(view, read, written[0])
         elif rule.additive or rule.moves:
-            passed = self._sum(node, read, written, moves=rule.moves)
+            indices = (0,) if rule.moves else rule.reads or tuple(read)
+            passed = self._sum(node, indices, read, written)
         else:
             passed = iter(())
         self.spoiled |= touched - set(passed)
@@ -131,18 +134,21 @@ class _Search:
                 yield outer
 
     def _sum(
-        self, node: ir.Node, read: Mapping[int, Lies], written: list[Lies], *, moves: bool
+        self,
+        node: ir.Node,
+        indices: Sequence[int],
+        read: Mapping[int, Lies],
+        written: Sequence[Lies],
     ) -> Iterator[int]:
-        """The groups that run through every input and output, each once."""
-        operands = [0] if moves else list(read)
+        """The groups that run through every operand and output, each once."""
         for group in set(read[0].values()):
-            sides = [*(read[index] for index in operands), *written]
+            sides = [*(read[index] for index in indices), *written]
             if not all(_once(group, lies) for lies in sides):
                 continue
-            constants = [node.inputs[index] for index in operands]
+            operands = [node.inputs[index] for index in indices]
             if all(
                 value is None or constant_of(value) is None or self._added(group, value)
-                for value in constants
+                for value in operands
             ):
                 self._stream(group)
                 yield group

@@ -21,10 +21,7 @@ from secateur.graphops.model.graph import constant_of
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
-UNARY = (
-    "Acos Acosh BitCast BitwiseNot Cos Cosh Dropout Exp IsInf IsNaN Log Not Reciprocal Sigmoid "
-    "Softplus"
-)
+UNARY = "Acos Acosh BitCast BitwiseNot Cos Cosh Exp IsInf IsNaN Log Not Reciprocal Sigmoid Softplus"
 ZERO_AT_ZERO = (
     "Abs Asin Asinh Atan Atanh Ceil Celu Elu Erf Floor Gelu LeakyRelu Mish Neg Round Selu "
     "Shrink Sign Sin Sinh Softsign Sqrt Swish Tan Tanh ThresholdedRelu"
@@ -236,6 +233,7 @@ def couple_quantize(flow: Flow, node: ir.Node) -> None:
 
 _unary = functools.partial(register, family="unary", couple=couple_unary, reads=(0,))
 _unary(UNARY, void=void.of_empty)
+_unary("Dropout", void=void.of_empty, additive=True)  # where nothing is trained, its input
 _unary(ZERO_AT_ZERO, void=void.of_first)
 _unary("Identity", void=void.of_first, moves=True)
 _unary("Relu", void=void.of_first, flat=flat_relu)

@@ -485,7 +485,7 @@ register(
     reads=(0,),
     moves=True,
 )
-register("Concat", "indexing", couple_concat, void=void.of_all)
+register("Concat", "indexing", couple_concat, void=void.of_all, additive=True)
 register(
     "Gather",
     "indexing",

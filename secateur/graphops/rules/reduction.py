@@ -13,8 +13,8 @@ from secateur.graphops.coupling.void import summed
 from secateur.graphops.model.attributes import integer, integers_at, operand
 from secateur.graphops.rules.registry import register
 
-EXACT = "ReduceSum ReduceL1 ReduceL2 ReduceSumSquare"
-INEXACT = "ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp"
+EXACT = "ReduceL1 ReduceL2 ReduceSumSquare"
+INEXACT = "ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp"
 
 
 def _couple_reduce(flow: Flow, node: ir.Node, exact: bool) -> None:
@@ -103,6 +103,8 @@ def couple_cumsum(flow: Flow, node: ir.Node) -> None:
     return flow.set(node.outputs[0], flow.blocks(value))
 
 
+register("ReduceSum", "reduction", couple_exact, void=summed, reads=(0,), additive=True)
+register("ReduceMean", "reduction", couple_inexact, reads=(0,), additive=True)
 register(EXACT, "reduction", couple_exact, void=summed, reads=(0,))
 register(INEXACT, "reduction", couple_inexact, reads=(0,))
 register("Softmax LogSoftmax Hardmax", "reduction", couple_softmax, reads=(0,))
