@@ -253,7 +253,11 @@ def test_a_plan_turns_what_it_names() -> None:
 def test_a_basis_in_which_the_model_is_another_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    plan = prune(plain(), target={"channels": 0.5}, calibration=SAMPLES).plan
     monkeypatch.setattr(rotating, "_MOST_DRIFT", 0.0)
+    with pytest.raises(Refused) as refused:
+        prune(plain(), plan=plan, calibration=SAMPLES)
+    assert refused.value.refusal.code is Code.INVALID_CALIBRATION
     result = prune(plain(), target={"channels": 0.5}, calibration=SAMPLES)
     assert not result.plan.rotated
     assert any("stay in their basis" in warning for warning in result.report.warnings)

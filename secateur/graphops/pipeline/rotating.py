@@ -58,7 +58,8 @@ def turn(
 
     Raises:
         Refused: `INVALID_CALIBRATION` where a plan asks for a basis and there are no data to find
-            it by, `INVALID_PLAN` where it names what is no stream.
+            it by, or the model is another in what they give; `INVALID_PLAN` where it names what is
+            no stream.
     """
     wanted = recipe.rotate if plan is None else bool(plan.rotated)
     if not wanted:
@@ -87,11 +88,16 @@ def turn(
             hint="Give the data that the plan was made by, or plan with --no-rotate.",
         )
     with clock.stage(Stage.COUPLING, f"turning {len(streams)} streams"):
-        return _turned(analysed, samples, recipe, streams)
+        return _turned(analysed, samples, recipe, streams, planned=plan is not None)
 
 
 def _turned(
-    analysed: Analysed, samples: Samples, recipe: Recipe, streams: dict[str, Stream]
+    analysed: Analysed,
+    samples: Samples,
+    recipe: Recipe,
+    streams: dict[str, Stream],
+    *,
+    planned: bool,
 ) -> Turned:
     observed = observe(analysed, samples, recipe)
     places = {node: place for place, node in enumerate(analysed.graph)}
@@ -102,6 +108,15 @@ def _turned(
     model = rotate(analysed.opened.model, turns)
     answers = Answers(observed, _SAMPLES)
     drift = answers.drift(Network(model, answers.batches).piece(answers.outputs))
+    if not drift <= _MOST_DRIFT and planned:
+        raise refuse(
+            Code.INVALID_CALIBRATION,
+            "in the basis that the data give, the model is another",
+            nodes=tuple(streams),
+            expected=f"a drift of the outputs of {_MOST_DRIFT:.1g} at most",
+            found=f"{drift:.1g}",
+            hint="Give the data that the plan was made by.",
+        )
     if not drift <= _MOST_DRIFT:
         said = f"streams stay in their basis: in another one the outputs would drift by {drift:.1g}"
         return Turned(analysed, warnings=(said,))
