@@ -222,6 +222,11 @@ def test_less_is_lost_in_it() -> None:
     assert told.needed < told.channels == WIDE
 
 
+def test_few_samples_do() -> None:
+    few = {"x": SAMPLES["x"][:6]}  # one of them judges
+    assert prune(plain(), target={"channels": 0.5}, calibration=few).plan.rotated
+
+
 def test_it_goes_with_data_and_repair() -> None:
     target = {"channels": 0.5}
     assert prune(plain(), target=target, calibration=SAMPLES).plan.rotated

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import onnx_ir as ir
+
 from secateur.errors import Code, refuse
-from secateur.graphops.calibration import Samples
+from secateur.graphops.calibration import Feeds, Samples
+from secateur.graphops.calibration.data import first_batches
 from secateur.graphops.calibration.moments import WIDEST, collect, width
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.analyse import couple
@@ -15,7 +19,6 @@ from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.records import rotated_record
 from secateur.graphops.pipeline.structure import observe, offer_of
 from secateur.graphops.planning import replay
-from secateur.graphops.planning.drift import Answers
 from secateur.graphops.rotation.bases import rotation
 from secateur.graphops.rotation.streams import Stream, find
 from secateur.graphops.surgery.rotate import rotate
@@ -106,8 +109,7 @@ def _turned(
     moments = collect(Network(observed.model, observed.learnt), readers, recipe.seed)
     turns = [rotation(one, moments, observed.curvature.of) for one in streams.values()]
     model = rotate(analysed.opened.model, turns)
-    answers = Answers(observed, _SAMPLES)
-    drift = answers.drift(Network(model, answers.batches).piece(answers.outputs))
+    drift = _drift(observed.model, model, first_batches(observed.judges, _SAMPLES))
     if not drift <= _MOST_DRIFT and planned:
         raise refuse(
             Code.INVALID_CALIBRATION,
@@ -127,3 +129,18 @@ def _turned(
         tuple(streams),
         tuple(rotated_record(name, one) for name, one in zip(streams, turns, strict=True)),
     )
+
+
+def _drift(before: ir.Model, after: ir.Model, batches: Sequence[Feeds]) -> float:
+    """Σ‖y′ − y‖² / Σ‖y‖² of the outputs."""
+    outputs = [str(value.name) for value in before.graph.outputs]
+    pieces = [Network(model, batches).piece(outputs) for model in (before, after)]
+    error = square = 0.0
+    for place in range(len(batches)):
+        wanted, found = (piece.run(place) for piece in pieces)
+        for name, array in wanted.items():
+            if array.dtype.kind == "f":
+                y = array.astype(np.float64)
+                error += float(((found[name] - y) ** 2).sum())
+                square += float((y**2).sum())
+    return error / max(square, 1e-30)

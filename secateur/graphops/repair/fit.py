@@ -128,26 +128,25 @@ def ridge(weight: Matrix, xx: Matrix, yx: Matrix, damping: float) -> Matrix:
     variances = np.trace(xx, axis1=1, axis2=2) / entries.size
     damped[:, entries, entries] += damping * np.maximum(variances, 1e-12)[:, None]
     missing = (yx - weight @ xx).transpose(0, 2, 1)
-    try:
-        change = _solve(damped, missing)
-    except np.linalg.LinAlgError:  # rounding has left one of them indefinite
-        pairs = zip(damped, missing, strict=True)
-        change = np.array([np.linalg.lstsq(one, goal, rcond=None)[0] for one, goal in pairs])
+    change = _solve(damped, missing)
     result: Matrix = weight + change.transpose(0, 2, 1)
     return result
 
 
 def _solve(damped: Matrix, missing: Matrix) -> Matrix:
-    """Solves positive definite systems: many small ones at once, or one by its Cholesky factor.
-
-    Raises:
-        LinAlgError: one of them is not positive definite.
-    """
-    if len(damped) > 1:
-        np.linalg.cholesky(damped)  # tells whether they are; of a few entries each, it costs little
-        return np.asarray(np.linalg.solve(damped, missing), np.float64)
-    factor = scipy.linalg.cho_factor(damped[0], check_finite=False)
-    solved: Matrix = scipy.linalg.cho_solve(factor, missing[0], check_finite=False)[None]
+    """Solves positive definite systems: many small ones at once, or one by its Cholesky factor;
+    by least squares where rounding has left one indefinite."""
+    try:
+        if len(damped) > 1:
+            np.linalg.cholesky(damped)  # tells whether they are; small ones cost little
+            return np.asarray(np.linalg.solve(damped, missing), np.float64)
+        factor = scipy.linalg.cho_factor(damped[0], check_finite=False)
+        solved: Matrix = scipy.linalg.cho_solve(factor, missing[0], check_finite=False)[None]
+    except np.linalg.LinAlgError:
+        if len(damped) == 1:
+            return np.asarray(np.linalg.lstsq(damped[0], missing[0], rcond=None)[0])[None]
+        pairs = zip(damped, missing, strict=True)
+        solved = np.concatenate([_solve(one[None], goal[None]) for one, goal in pairs])
     return solved
 
 

@@ -70,20 +70,22 @@ def rotation(
             strict=True,
         )
     )
-    size = len(read)
-    damping = _DAMPING * max(float(np.trace(read)) / size, 1e-30)
-    values, vectors = scipy.linalg.eigh(read + damping * np.eye(size))
+    variance = _mean(spread)
+    read, spread = read / _mean(read), spread / variance  # of whatever units, of the size of 1
+    values, vectors = scipy.linalg.eigh(read + _DAMPING * np.eye(len(read)))
     root, unroot = ((vectors * scale) @ vectors.T for scale in (values**0.5, values**-0.5))
     losses, turn = scipy.linalg.eigh(root @ spread @ root)
     losses, turn = np.maximum(losses[::-1], 0.0), turn[:, ::-1]
     there, back = turn.T @ root, unroot @ turn
-    deviation = np.sqrt(np.maximum(losses, (_FLAT**2) * max(float(losses[0]), 1e-30)))
+    deviation = np.sqrt(variance * np.maximum(losses, _FLAT**2 * (losses[0] or 1.0)))
     return Rotation(
-        stream,
-        there / deviation[:, None],
-        back * deviation,
-        losses / max(float(losses.sum()), 1e-30),
+        stream, there / deviation[:, None], back * deviation, losses / (losses.sum() or 1.0)
     )
+
+
+def _mean(squares: Matrix) -> float:
+    """Of the diagonal; 1 where nothing is read, or nothing varies."""
+    return float(np.trace(squares)) / len(squares) or 1.0
 
 
 def _reads(view: LinearMap, curvature: Matrix | None) -> Matrix:
