@@ -21,6 +21,7 @@ import onnx_ir as ir
 from secateur.graphops import rules
 from secateur.graphops.calibration.moments import linear_maps
 from secateur.graphops.coupling.units import Coupling
+from secateur.graphops.model.attributes import operand
 from secateur.graphops.model.graph import constant_of, walk
 from secateur.graphops.rules.linear import LinearMap
 
@@ -95,15 +96,12 @@ class _Search:
         if not touched:
             return
         rule, view = rules.of(node, self._opsets), self._views.get(node)
-        if node.graph is not self._graph or rule is None:
-            passed: Iterator[int] = iter(())
-        elif view is not None:
+        passed: Iterator[int] = iter(())
+        if view is not None:
             passed = self._product(view, read, written[0])
-        elif rule.additive or rule.moves:
+        elif rule is not None and node.graph is self._graph and (rule.additive or rule.moves):
             indices = (0,) if rule.moves else rule.reads or tuple(read)
             passed = self._sum(node, indices, read, written)
-        else:
-            passed = iter(())
         self.spoiled |= touched - set(passed)
 
     def join(self, entry: str, end: str) -> None:
@@ -128,8 +126,8 @@ class _Search:
             self._stream(inner).readers.append(view)
             yield inner
         if outer is not None and outer in along - others:
-            bias = None if view.bias is None else view.node.inputs[view.bias : view.bias + 1]
-            if not bias or bias[0] is None or self._added(outer, bias[0]):
+            bias = None if view.bias is None else operand(view.node, view.bias)
+            if bias is None or self._added(outer, bias):
                 self._stream(outer).producers.append(view)
                 yield outer
 
@@ -150,7 +148,6 @@ class _Search:
                 value is None or constant_of(value) is None or self._added(group, value)
                 for value in operands
             ):
-                self._stream(group)
                 yield group
 
     def _stream(self, group: int) -> Stream:
