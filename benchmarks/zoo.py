@@ -94,12 +94,12 @@ class Job:
         """The model."""
         if self.path is not None:
             return onnx.load(self.path)
-        model: onnx.ModelProto = _loader(self.folder).load(self.name)
+        model: onnx.ModelProto = zoo_loader(self.folder).load(self.name)
         return model
 
 
 @functools.cache
-def _loader(folder: pathlib.Path) -> Any:
+def zoo_loader(folder: pathlib.Path) -> Any:
     """The zoo's own module."""
     spec = importlib.util.spec_from_file_location("zoo", folder / "zoo.py")
     assert spec is not None
@@ -113,7 +113,7 @@ def jobs(folder: pathlib.Path, only: list[str]) -> list[Job]:
     """Every model of a folder, or of the zoo's loader in it."""
     found = []
     if (folder / "zoo.py").exists():
-        zoo = _loader(folder)
+        zoo = zoo_loader(folder)
         found = [Job(name, zoo.entry(name)["arch"], folder, None) for name in zoo.names()]
     found += [Job(p.stem, p.stem, folder, p) for p in sorted(folder.glob("**/*.onnx"))]
     return [job for job in found if not only or job.name.startswith(tuple(only))]
