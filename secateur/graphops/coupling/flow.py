@@ -22,7 +22,16 @@ from secateur.graphops.coupling.facts import (
     Segment,
     Taken,
 )
-from secateur.graphops.coupling.labels import BARE, FIXED, Block, Blocks, Labels, rows_along, thin
+from secateur.graphops.coupling.labels import (
+    BARE,
+    FIXED,
+    Block,
+    Blocks,
+    Labels,
+    rows_along,
+    thin,
+    thin_along,
+)
 from secateur.graphops.model.graph import node_label
 from secateur.graphops.model.shapes import Array, Shape, Shapes
 
@@ -213,7 +222,7 @@ class Flow:
         Returns:
             one label per slice, FIXED where a part of it cannot be cut.
         """
-        rows = rows_along(labels, place)
+        rows = thin_along(rows_along(labels, place), 1)  # positions in space say the same
         first = np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1)
         self.equal.append((first.reshape(-1), rows[:, 1:].reshape(-1)))
         fixed = (rows == FIXED).any(axis=1)

@@ -137,9 +137,13 @@ def thin(labels: Labels) -> Labels:
     become channels.
     """
     for place in range(labels.ndim):
-        lines = rows_along(labels, place)
-        new = np.ones(lines.shape[0], np.bool_)
-        new[1:] = (lines[1:] != lines[:-1]).any(axis=1)
-        if not new.all():
-            labels = np.compress(new, labels, axis=place)
+        labels = thin_along(labels, place)
     return labels
+
+
+def thin_along(labels: Labels, place: int) -> Labels:
+    """The same labels without slices along one axis that repeat the one before them."""
+    lines = rows_along(labels, place)
+    new = np.ones(lines.shape[0], np.bool_)
+    new[1:] = (lines[1:] != lines[:-1]).any(axis=1)
+    return labels if new.all() else np.compress(new, labels, axis=place)

@@ -108,14 +108,9 @@ class Coupling:
         if known is None:
             known = {}
             for block in self._blocks.get(name, ()):
-                units = self._unit_of[block.labels]
-                if not units.any():
-                    continue
-                place = 0
-                if units.ndim > 1:
-                    place = _varying_axis(units)
-                    units = rows_along(units, place)[:, 0]
-                known[block.axes[place]] = units
+                place, units = _varying_line(block.labels, self._unit_of)
+                if units.any():
+                    known[block.axes[place]] = units
             self._cache[name] = known
         return known
 
@@ -124,12 +119,19 @@ class Coupling:
         return name in self.parts and not keep[self.parts[name]].any()
 
 
-def _varying_axis(units: Units) -> int:
-    """The axis of a joint block along which its units differ; the resolution made it one."""
-    for place in range(units.ndim):
-        if units.shape[place] > 1 and not _constant_along(units, place):
-            return place
-    return 0
+def _varying_line(labels: Labels, unit_of: Units) -> tuple[int, Units]:
+    """The axis of a block along which its units differ, and the units along it.
+
+    The resolution made it one axis, so that a line along each says which; the positions of a joint
+    block of channels and space are too many to look at for every tensor.
+    """
+    for place in reversed(range(labels.ndim)):
+        index: list[int | slice] = [0] * labels.ndim
+        index[place] = slice(None)
+        units = unit_of[labels[tuple(index)]]
+        if labels.ndim == 1 or (units != units[0]).any():
+            return place, units
+    return 0, units  # all one
 
 
 def _constant_along(array: npt.NDArray[np.int32], place: int) -> bool:
