@@ -892,6 +892,30 @@ def test_two_lengths_that_need_not_be_equal(batches: tuple[str, str]) -> None:
         assert session.run(None, feeds)[0].shape == (2, asked, 8)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_table_of_positions_stays_as_long_as_the_longest_input(split: bool) -> None:
+    """Masks and positions for any length, of which as many are taken as there are tokens (GPT-Neo,
+    MPT): none may go for what is taken of them for one length."""
+    net = Net()
+    x = net.dense(net.input("x", ["N", "T", 4]), 4, 8)
+    length = net.op("Slice", net.op("Shape", x), net.ints(1), net.ints(2))
+    table = net.floats(16, 8, name="table")
+    if split:
+        sizes = net.op("Concat", length, net.op("Sub", net.ints(16), length), axis=0)
+        positions = net.ops("Split", table, sizes, outputs=2, axis=0)[0]
+    else:
+        positions = net.op("Slice", table, net.ints(0), length, net.ints(0))
+    net.output(net.dense(net.op("Relu", net.op("Add", x, positions)), 8, 3))
+    data = {"x": np.random.default_rng(0).standard_normal((32, 6, 4)).astype(np.float32)}
+    for calibration in (None, data):
+        result = secateur.prune(net.bytes(), calibration=calibration, measure_latency=False)
+        assert tensors(result)["table"].shape == (16, 4)
+        session = open_session(result.model)
+        for tokens in (3, 6, 16):
+            found = session.run(None, {"x": np.ones((2, tokens, 4), np.float32)})
+            assert found[0].shape == (2, tokens, 3)
+
+
 def test_images_that_need_not_be_square() -> None:
     net = Net()
     x = net.op("Conv", net.input("x", ["N", 4, "H", "W"]), net.floats(16, 4, 1, 1))

@@ -57,6 +57,8 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
         for axis in range(len(shape)) if axes is None else [a % len(shape) for a in axes]:
             flow.freeze_axis(value, axis, node, "INDEXED", "a range not known beforehand")
         return flow.set(node.outputs[0], flow.blocks(value))
+    for axis in _follow_inputs(flow, node, index):
+        flow.freeze_axis(value, axis, node, "INDEXED", "the range follows the inputs' sizes")
     for axis, part in enumerate(index):
         if _takes_one_of_each(part, shape[axis]):
             _join_turns(flow, node, axis, part.step)
@@ -74,6 +76,30 @@ def couple_slice(flow: Flow, node: ir.Node) -> None:
             flow.keep(labels)
         result.append(Block(block.axes, labels))
     return flow.set(node.outputs[0], tuple(result))
+
+
+def _follow_inputs(flow: Flow, node: ir.Node, index: Sequence[slice]) -> list[int]:
+    """Axes of which a range is taken (of a table of positions, as many as there are tokens), where
+    not all bounds are the model's own: the bounds can then not be written down."""
+    shapes, bounds = flow.shapes, [str(value.name) for value in node.inputs[1:3] if value]
+    fixed = [shapes.fixed_entries(name) for name in bounds]
+    if all(entries is not None and entries.all() for entries in fixed):
+        return []
+    name = str(node.inputs[0].name) if node.inputs[0] is not None else ""
+    values = [None if v is None else shapes.second_values.get(v.name or "") for v in node.inputs]
+    ways = (
+        (index, shapes.first[name]),
+        (_ranges(node, [None, *values[1:]], len(index)), shapes.second.get(name)),
+    )
+    return [
+        axis
+        for axis in range(len(index))
+        if not all(part and sizes and _is_whole(part[axis], sizes[axis]) for part, sizes in ways)
+    ]
+
+
+def _is_whole(part: slice, size: int | None) -> bool:
+    return size is not None and range(*part.indices(size)) == range(size)
 
 
 def _takes_one_of_each(part: slice, size: int | None) -> bool:
@@ -114,7 +140,7 @@ def rewrite_slice(surgeon: Surgeon, node: ir.Node) -> None:
     moved = False
     for place, axis in enumerate(axes):
         kept = surgeon.kept(value, axis)
-        if kept is None:
+        if kept is None or _is_whole(index[axis], kept.size):
             continue
         start, stop, step = index[axis].indices(kept.size)
         if step > 1:  # of every `step` positions in a row all stay, or none
@@ -142,6 +168,8 @@ def couple_split(flow: Flow, node: ir.Node) -> None:
     if not total or bounds[-1] != total:
         flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the sizes are not known")
         return
+    if not all(flow.shapes.is_fixed(str(output.name), axis) for output in node.outputs):
+        flow.freeze_axis(value, axis, node, "INDEXED", "the ranges follow the inputs' sizes")
     for output, start, stop in zip(node.outputs, [0, *bounds[:-1]], bounds, strict=True):
         result: Blocks = BARE
         for block in flow.blocks(value):
