@@ -40,8 +40,9 @@ Shape = tuple[int | None, ...]
 Array = npt.NDArray[Any]
 
 # Sizes to try for symbolic axes other than the batch, most realistic first. Each pair is the two
-# bindings. Images want multiples of 32, position tables may be short, raw audio is long.
-_SEQUENCES = ((128, 96), (64, 48), (32, 24), (16, 12), (8, 6), (4, 3))
+# bindings. Images want multiples of 32, raw audio is long. Position tables may be short, often have
+# a power of two of rows, and some count from the third (RoBERTa): sequences are shorter than that.
+_SEQUENCES = ((96, 64), (48, 32), (24, 16), (12, 8), (6, 4), (4, 3))
 _IMAGES = (  # height, width; a line of text is 32 or 48 high
     ((224, 192), (224, 192)),
     ((256, 320), (256, 320)),
