@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 import secateur
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.verify.law import check_law
+from secateur.graphops.verify.verify import run_original, verify
 
 DIGITS = pathlib.Path(__file__).parents[2] / "examples" / "digits"
 ZOO = pathlib.Path(__file__).parents[3] / "shared" / "zoo"
@@ -914,6 +915,24 @@ def test_a_table_of_positions_stays_as_long_as_the_longest_input(split: bool) ->
         for tokens in (3, 6, 16):
             found = session.run(None, {"x": np.ones((2, tokens, 4), np.float32)})
             assert found[0].shape == (2, tokens, 3)
+
+
+def test_a_result_that_only_takes_the_sizes_of_the_samples_is_refused() -> None:
+    def model(rows: int) -> bytes:
+        net = Net()
+        x = net.input("x", ["N", "T", 4])
+        length = net.op("Slice", net.op("Shape", x), net.ints(1), net.ints(2))
+        table = net.op("Slice", net.floats(rows, 4), net.ints(0), length, net.ints(0))
+        net.output(net.op("Add", x, table))
+        return net.bytes()
+
+    samples, longer = ({"x": np.ones((2, tokens, 4), np.float32)} for tokens in (3, 12))
+    answered = run_original(model(16), [samples], from_calibration=True, perhaps=longer)
+    assert verify(model(16), answered).samples == 2
+    with pytest.raises(secateur.VerificationFailed, match=r"does not run with inputs .*12"):
+        verify(model(8), answered)
+    too_long = {"x": np.ones((2, 32, 4), np.float32)}  # for the original, too
+    verify(model(8), run_original(model(16), [samples], from_calibration=True, perhaps=too_long))
 
 
 def test_images_that_need_not_be_square() -> None:

@@ -206,7 +206,7 @@ def prune_unverified(
             *too_wide(sparse_weights, recipe),
         ),
         feeds=feeds,
-        perhaps=other_sizes(analysed) if samples is None and known is None else None,
+        perhaps=other_sizes(analysed) if known is None else None,
         held_back=samples is not None and samples.held_back,
         sample=one_sample(analysed, feeds[0]),
         scored=scored,

@@ -19,6 +19,7 @@ from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.report import Drift, Verification
 
 Outputs = list[npt.NDArray[Any]]
+Shapes = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Answered:
         names: of the outputs.
         signature: names, types and shapes of inputs and outputs.
         from_calibration: whether the feeds are calibration samples.
+        elsewhere: feeds of other sizes that the original takes, and the shapes of its answers.
     """
 
     feeds: tuple[Feeds, ...]
@@ -38,6 +40,7 @@ class Answered:
     names: tuple[str, ...]
     signature: Signature
     from_calibration: bool
+    elsewhere: tuple[tuple[Feeds, Shapes], ...] = ()
 
 
 def run_original(
@@ -52,7 +55,7 @@ def run_original(
         model: the original.
         feeds: what it must take.
         from_calibration: whether they are calibration samples.
-        perhaps: feeds that it may refuse; then they are left out.
+        perhaps: feeds of other sizes, which it may refuse; then they are left out.
 
     Raises:
         Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message.
@@ -64,12 +67,18 @@ def run_original(
             outputs.append(session.run(None, tried))
     except Exception as error:
         raise does_not_run(error, tried) from None
+    elsewhere: tuple[tuple[Feeds, Shapes], ...] = ()
     if perhaps is not None:
         with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
-            outputs.append(session.run(None, perhaps))
-            feeds.append(perhaps)
-    names = tuple(output.name for output in session.get_outputs())
-    return Answered(tuple(feeds), tuple(outputs), names, signature(session), from_calibration)
+            elsewhere = ((perhaps, [np.shape(array) for array in session.run(None, perhaps)]),)
+    return Answered(
+        feeds=tuple(feeds),
+        outputs=tuple(outputs),
+        names=tuple(output.name for output in session.get_outputs()),
+        signature=signature(session),
+        from_calibration=from_calibration,
+        elsewhere=elsewhere,
+    )
 
 
 def without_tokens(samples: Answered, vocabulary: Vocabulary) -> Answered:
@@ -124,6 +133,8 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         batches.append(sample_count(feed))
         for meter, reference, result in zip(meters, wanted, found, strict=True):
             meter.add(reference, result)
+    for feed, shapes in samples.elsewhere:
+        _check_elsewhere(session, feed, shapes)
     return Verification(
         samples=sum(batches),
         from_calibration=samples.from_calibration,
@@ -131,6 +142,19 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         batch_sizes=tuple(sorted(set(batches))),
         drift=tuple(meter.drift() for meter in meters if meter.used),
     )
+
+
+def _check_elsewhere(session: ort.InferenceSession, feed: Feeds, wanted: Shapes) -> None:
+    """What the numbers are does not matter: nobody says that the model is for them."""
+    sizes = {name: list(np.shape(array)) for name, array in feed.items()}
+    try:
+        found = [np.shape(array) for array in session.run(None, feed)]
+    except Exception as error:
+        raise _failed(
+            f"the pruned model does not run with inputs {sizes}: {first_line(error)}"
+        ) from None
+    if found != wanted:
+        raise _failed(f"outputs have other shapes with inputs {sizes}", wanted, found)
 
 
 Signature = tuple[tuple[str, str, tuple[int | str | None, ...]], ...]
