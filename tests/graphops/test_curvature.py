@@ -125,6 +125,26 @@ def test_too_large_a_model_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> No
     assert "bytes of weights, 10 at most" in told
 
 
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+def test_before_opset_13_softmax_takes_all_axes_from_one_on(op: str, axis: int | None) -> None:
+    def slopes(opset: int) -> np.ndarray:
+        net, given = Net(opset), {} if axis is None else {"axis": axis}
+        z = net.op("MatMul", net.input("x", ["N", 3, 4]), net.floats(4, 4))
+        if opset < 13:
+            net.output(net.op(op, z, **given))
+        elif axis == -1:
+            net.output(net.op(op, z, axis=-1))
+        else:
+            net.output(net.op(op, net.op("Reshape", z, net.ints(0, -1)), axis=-1))
+        found = curvature.measure(open_model(net.bytes()).model, {z: 2}, [samples(6, 3, 4)], 0)
+        assert not found.missing
+        return found.of[z]
+
+    assert np.allclose(slopes(9), slopes(13), rtol=1e-4)
+    assert np.allclose(slopes(11), slopes(13), rtol=1e-4)
+
+
 def test_what_is_rounded_has_no_derivative() -> None:
     net = Net()
     z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ad
+import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
 from secateur.graphops.model.runtime import open_session
+from secateur.graphops.model.shapes import infer_shapes
 
 PREFIX = "adj_"  # onnx-ad's
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
@@ -44,7 +47,35 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
         proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
     except Exception as error:
         raise NoDerivative(f"shapes cannot be inferred: {error}") from error
-    _replace_strides(proto)
+    _add_shapes(proto)
+    _respell(proto)
+
+
+def _add_shapes(proto: onnx.ModelProto) -> None:
+    """Shapes that onnx does not infer, in place: those after shape arithmetic of older opsets."""
+    outputs = {value.name: value for value in proto.graph.output}
+    known = {v.name for v in (*proto.graph.value_info, *outputs.values()) if _has_shape(v)}
+    missing = {name for node in proto.graph.node for name in node.output} - known - {""}
+    if not missing:
+        return
+    shapes = infer_shapes(ir.serde.deserialize_model(proto))
+    kept = [value for value in proto.graph.value_info if value.name not in missing]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    for name in missing:
+        shape, kind = shapes.of(name), shapes.elements.get(name)
+        if shape is None or None in shape or kind is None:
+            continue
+        made = onnx.helper.make_tensor_value_info(name, kind, shape)
+        if name in outputs:
+            outputs[name].CopyFrom(made)
+        else:
+            proto.graph.value_info.append(made)
+
+
+def _has_shape(value: onnx.ValueInfoProto) -> bool:
+    kind = value.type.tensor_type
+    return kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
 
 
 def add_shift(
@@ -235,12 +266,15 @@ def _multiply_by_masks(proto: onnx.ModelProto, seeds: set[str]) -> None:
         proto.graph.node.append(make("Mul", [value, mask], node.output, node.name))
 
 
-def _replace_strides(proto: onnx.ModelProto) -> None:
-    """Makes strided slices Gathers, in place: onnx-ad has a derivative of those only."""
+def _respell(proto: onnx.ModelProto) -> None:
+    """Says what onnx-ad has no derivative of in what it has, in place: strided slices as Gathers,
+    and the Softmax of before opset 13, which takes all axes from one on together."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.value_info, *proto.graph.input)
+        if _has_shape(value)
     }
+    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
@@ -249,10 +283,36 @@ def _replace_strides(proto: onnx.ModelProto) -> None:
         bounds = [constants[name] for name in node.input[1:] if name in constants]
         if node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
             nodes += _gathers(proto, node, bounds, shapes[node.input[0]])
+        elif node.op_type in ("Softmax", "LogSoftmax") and opset < 13 and node.input[0] in shapes:
+            nodes += _exponentials(node, len(shapes[node.input[0]]), opset >= 11)
         else:
             nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+
+
+def _exponentials(node: onnx.NodeProto, rank: int, shift: bool) -> Iterator[onnx.NodeProto]:
+    """exp(x) / Σ exp(x), or its logarithm, over all axes from one on.
+
+    Args:
+        shift: whether to take the largest off first, against overflow; its derivative compares
+            floats, which opsets below 11 do not.
+    """
+    axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
+    over: dict[str, Any] = {"axes": list(range(axis % rank, rank)), "keepdims": 1}
+    x, y = node.input[0], node.output[0]
+    make = onnx.helper.make_node
+    if shift:
+        yield make("ReduceMax", [x], [f"{y}_largest"], **over)
+        yield make("Sub", [x, f"{y}_largest"], [f"{y}_less"])
+        x = f"{y}_less"
+    yield make("Exp", [x], [f"{y}_exp"])
+    yield make("ReduceSum", [f"{y}_exp"], [f"{y}_sum"], **over)
+    if node.op_type == "Softmax":
+        yield make("Div", [f"{y}_exp", f"{y}_sum"], [y])
+    else:
+        yield make("Log", [f"{y}_sum"], [f"{y}_log"])
+        yield make("Sub", [x, f"{y}_log"], [y])
 
 
 def _gathers(
