@@ -45,9 +45,9 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
         value.type.tensor_type.ClearField("shape")
     try:
         proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+        _add_shapes(proto)
     except Exception as error:
         raise NoDerivative(f"shapes cannot be inferred: {error}") from error
-    _add_shapes(proto)
     _respell(proto)
 
 

@@ -19,7 +19,7 @@ from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.report import Drift, Verification
 
 Outputs = list[npt.NDArray[Any]]
-Shapes = list[tuple[int, ...]]
+Shapes = list[tuple[int, ...] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Answered:
         names: of the outputs.
         signature: names, types and shapes of inputs and outputs.
         from_calibration: whether the feeds are calibration samples.
-        elsewhere: feeds of other sizes that the original takes, and the shapes of its answers.
+        elsewhere: feeds of other sizes that the original takes, and the shapes of its answers;
+            None for those that are no floats.
     """
 
     feeds: tuple[Feeds, ...]
@@ -70,7 +71,7 @@ def run_original(
     elsewhere: tuple[tuple[Feeds, Shapes], ...] = ()
     if perhaps is not None:
         with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
-            elsewhere = ((perhaps, [np.shape(array) for array in session.run(None, perhaps)]),)
+            elsewhere = ((perhaps, _shapes(session.run(None, perhaps))),)
     return Answered(
         feeds=tuple(feeds),
         outputs=tuple(outputs),
@@ -144,11 +145,19 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
     )
 
 
+def _shapes(outputs: Outputs) -> Shapes:
+    return [array.shape if _is_float(array) else None for array in outputs]
+
+
+def _is_float(output: Any) -> bool:
+    return isinstance(output, np.ndarray) and output.dtype.kind in "fV"
+
+
 def _check_elsewhere(session: ort.InferenceSession, feed: Feeds, wanted: Shapes) -> None:
     """What the numbers are does not matter: nobody says that the model is for them."""
     sizes = {name: list(np.shape(array)) for name, array in feed.items()}
     try:
-        found = [np.shape(array) for array in session.run(None, feed)]
+        found = _shapes(session.run(None, feed))
     except Exception as error:
         raise _failed(
             f"the pruned model does not run with inputs {sizes}: {first_line(error)}"
@@ -189,7 +198,7 @@ class _Meter:
         self._divergence: float | None = 0.0
 
     def add(self, reference: Any, result: Any) -> None:
-        if not isinstance(reference, np.ndarray) or reference.dtype.kind not in "fV":
+        if not _is_float(reference):
             return
         a, b = reference.astype(np.float64), result.astype(np.float64)
         if a.shape != b.shape:
