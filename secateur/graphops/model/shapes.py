@@ -94,6 +94,11 @@ class Shapes:
             return False
         return first[axis] is not None and first[axis] == second[axis]
 
+    def is_fixed_value(self, name: str) -> bool:
+        """Whether a value is known, and the model's own, whatever the input sizes."""
+        fixed = self.fixed_entries(name)
+        return fixed is not None and bool(fixed.all())
+
     def fixed_entries(self, name: str) -> npt.NDArray[np.bool_] | None:
         """For a known value: which entries do not follow the input sizes; None if not known."""
         first, second = self.values.get(name), self.second_values.get(name)

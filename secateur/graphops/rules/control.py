@@ -23,8 +23,8 @@ def couple_if(flow: Flow, node: ir.Node) -> None:
         for inner in branch:
             flow.visit(inner)
     condition = flow.value(node.inputs[0])
-    fixed = flow.shapes.fixed_entries(str(node.inputs[0].name if node.inputs[0] else ""))
-    live = live_branch(node, condition) if fixed is not None and fixed.all() else None
+    own = flow.shapes.is_fixed_value(str(node.inputs[0].name if node.inputs[0] else ""))
+    live = live_branch(node, condition) if own else None
     if live is not None:
         branches = [live]
     for index, output in enumerate(node.outputs):

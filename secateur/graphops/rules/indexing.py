@@ -82,8 +82,7 @@ def _follow_inputs(flow: Flow, node: ir.Node, index: Sequence[slice]) -> list[in
     """Axes of which a range is taken (of a table of positions, as many as there are tokens), where
     not all bounds are the model's own: the bounds can then not be written down."""
     shapes, bounds = flow.shapes, [str(value.name) for value in node.inputs[1:3] if value]
-    fixed = [shapes.fixed_entries(name) for name in bounds]
-    if all(entries is not None and entries.all() for entries in fixed):
+    if all(map(shapes.is_fixed_value, bounds)):
         return []
     name = str(node.inputs[0].name) if node.inputs[0] is not None else ""
     values = [None if v is None else shapes.second_values.get(v.name or "") for v in node.inputs]
@@ -302,10 +301,9 @@ def couple_gather(flow: Flow, node: ir.Node) -> None:
     if _is_reshape(flow, node):
         return movement.couple_reshape(flow, node)
     known = flow.value(indices)
-    fixed = flow.shapes.fixed_entries(str(indices.name if indices is not None else ""))
     if chosen is not None:
         flow.choose_from(node, 1, axis)
-    elif known is None or fixed is None or not fixed.all():
+    elif not flow.shapes.is_fixed_value(str(indices.name if indices is not None else "")):
         flow.freeze_axis(data, axis, node, "INDEXED", "is indexed by data")
         known = None
     result: Blocks = BARE

@@ -188,9 +188,9 @@ def couple_tile(flow: Flow, node: ir.Node) -> None:
     for block in flow.blocks(value):
         labels = np.tile(block.labels, [int(repeats[axis]) for axis in block.axes])
         blocks.append(Block(block.axes, labels))
-    said = flow.shapes.fixed_entries(str(node.inputs[1].name))  # type: ignore[union-attr]
+    own = flow.shapes.is_fixed_value(str(node.inputs[1].name))  # type: ignore[union-attr]
     for axis, size in enumerate(before):
-        if size == 1 and repeats[axis] > 1 and said is not None and said.all():
+        if size == 1 and repeats[axis] > 1 and own:
             blocks = [block for block in blocks if axis not in block.axes]
             blocks += lab.single(axis, flow.loose(int(repeats[axis])))
     return flow.set(output, tuple(blocks))

@@ -85,8 +85,7 @@ class Surgeon:
 
     def is_fixed(self, value: ir.Value) -> bool:
         """Whether a known value is the model's own, whatever the input sizes."""
-        fixed = self._coupling.shapes.fixed_entries(value.name or "")
-        return fixed is not None and bool(fixed.all())
+        return self._coupling.shapes.is_fixed_value(value.name or "")
 
     def measures_a_cut(self, value: ir.Value | None) -> bool:
         """Whether a known value is computed from the shape of a tensor that loses positions."""
