@@ -32,8 +32,8 @@ class Answered:
         names: of the outputs.
         signature: names, types and shapes of inputs and outputs.
         from_calibration: whether the feeds are calibration samples.
-        elsewhere: feeds of other sizes that the original takes, and the shapes of its answers;
-            None for those that are no floats.
+        elsewhere: feeds of other sizes, and the shapes of the original's answers, None for those
+            that are no floats; None where it takes no other sizes.
     """
 
     feeds: tuple[Feeds, ...]
@@ -41,7 +41,7 @@ class Answered:
     names: tuple[str, ...]
     signature: Signature
     from_calibration: bool
-    elsewhere: tuple[tuple[Feeds, Shapes], ...] = ()
+    elsewhere: tuple[Feeds, Shapes] | None = None
 
 
 def run_original(
@@ -68,10 +68,10 @@ def run_original(
             outputs.append(session.run(None, tried))
     except Exception as error:
         raise does_not_run(error, tried) from None
-    elsewhere: tuple[tuple[Feeds, Shapes], ...] = ()
+    elsewhere: tuple[Feeds, Shapes] | None = None
     if perhaps is not None:
         with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
-            elsewhere = ((perhaps, _shapes(session.run(None, perhaps))),)
+            elsewhere = perhaps, _shapes(session.run(None, perhaps))
     return Answered(
         feeds=tuple(feeds),
         outputs=tuple(outputs),
@@ -134,8 +134,8 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         batches.append(sample_count(feed))
         for meter, reference, result in zip(meters, wanted, found, strict=True):
             meter.add(reference, result)
-    for feed, shapes in samples.elsewhere:
-        _check_elsewhere(session, feed, shapes)
+    if samples.elsewhere is not None:
+        _check_elsewhere(session, *samples.elsewhere)
     return Verification(
         samples=sum(batches),
         from_calibration=samples.from_calibration,
