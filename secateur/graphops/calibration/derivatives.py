@@ -271,7 +271,7 @@ def _respell(proto: onnx.ModelProto) -> None:
     and the Softmax of before opset 13, which takes all axes from one on together."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*proto.graph.value_info, *proto.graph.input)
+        for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
         if _has_shape(value)
     }
     opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
@@ -281,9 +281,11 @@ def _respell(proto: onnx.ModelProto) -> None:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
         bounds = [constants[name] for name in node.input[1:] if name in constants]
-        if node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
+        if shapes.keys().isdisjoint(node.input[:1]):  # onnx-ad says what it cannot do
+            nodes.append(node)
+        elif node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
             nodes += _gathers(proto, node, bounds, shapes[node.input[0]])
-        elif node.op_type in ("Softmax", "LogSoftmax") and opset < 13 and node.input[0] in shapes:
+        elif node.op_type in ("Softmax", "LogSoftmax") and opset < 13:
             nodes += _exponentials(node, len(shapes[node.input[0]]), opset >= 11)
         else:
             nodes.append(node)
