@@ -27,7 +27,7 @@ from typing import Any
 
 import onnxruntime
 import rivals
-from cells import in_process
+from cells import add, entries, in_process
 from tasks import TASKS, Task
 
 import secateur
@@ -123,17 +123,14 @@ def in_order(tasks: list[Task], criteria: list[str], with_rivals: bool) -> list[
 
 def kept(path: pathlib.Path | None) -> dict[Key, Cell]:
     """The cells that an earlier run has written."""
-    if path is None or not path.exists():
-        return {}
-    rows = (json.loads(line) for line in path.read_text().splitlines())
+    rows = [] if path is None else entries(path)
     return {(row["model"], row["column"], row["target"]): Cell(**row["cell"]) for row in rows}
 
 
 def keep(path: pathlib.Path, key: Key, cell: Cell) -> None:
     """Adds a cell to those of earlier runs."""
-    with path.open("a") as file:
-        row = dict(zip(("model", "column", "target"), key, strict=True))
-        print(json.dumps({**row, "cell": asdict(cell)}), file=file)
+    row = dict(zip(("model", "column", "target"), key, strict=True))
+    add(path, {**row, "cell": asdict(cell)})
 
 
 def show(key: Key, cell: Cell) -> None:

@@ -10,6 +10,7 @@ graph and one step of the magnitude pruner at ratio 0.5, the classifier ignored;
 network that runs, gives outputs of the same shape and has lost a fiftieth of its parameters or
 more. Ours: everything between the opened model and the pruned one (coupling, criteria, planning,
 surgery), at channels=0.5. Best of three, each in a process of its own, one after the other.
+Nothing should run beside it: PyTorch's threads lose far more by that than we do.
 
 Every model is a cell, added to FILE (JSON lines) when it is done; a second run takes from there
 what it finds. The last lines are of the models on which both succeed.
@@ -33,7 +34,7 @@ from dataclasses import asdict, dataclass
 import onnxruntime
 import torch
 import torch_pruning
-from cells import in_process
+from cells import add, entries, in_process
 from torch import nn
 from zoo import SHARED_ZOO, jobs, zoo_loader
 
@@ -293,11 +294,10 @@ def main() -> None:
         run = {"theirs": theirs, "ours": ours}[who]
         print(json.dumps(asdict(Cell(min(run(name) for _ in range(REPEAT))))))
         return
-    arguments.into.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Pair] = {}
-    for line in arguments.into.read_text().splitlines() if arguments.into.exists() else ():
-        entry = json.loads(line)
-        found[entry["model"]] = Pair(Cell(**entry["theirs"]), Cell(**entry["ours"]))
+    found = {
+        one["model"]: Pair(Cell(**one["theirs"]), Cell(**one["ours"]))
+        for one in entries(arguments.into)
+    }
     print(f"{'model':42s} {'theirs s':>9s} {'ours s':>9s} {'ratio':>7s}")
     ratios = {}
     for name in known_models():
@@ -305,8 +305,7 @@ def main() -> None:
             continue
         if name not in found:
             found[name] = measure(name, arguments.timeout)
-            with arguments.into.open("a") as file:
-                file.write(json.dumps({"model": name, **asdict(found[name])}) + "\n")
+            add(arguments.into, {"model": name, **asdict(found[name])})
         print(found[name].text(name), flush=True)
         if (ratio := found[name].ratio) is not None:
             ratios[name] = ratio

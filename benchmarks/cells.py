@@ -1,12 +1,16 @@
-"""Cells of a table, each computed in a process of its own: what one takes, the next finds free."""
+"""Cells of a table, each computed in a process of its own: what one takes, the next finds free.
+
+Those that are done are lines of a file, so that a run which was stopped goes on from there.
+"""
 
 from __future__ import annotations
 
 import json
+import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 Cell = TypeVar("Cell")
 
@@ -29,3 +33,15 @@ def in_process(kind: type[Cell], program: str, arguments: Sequence[str], timeout
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         return kind(failure=last.removeprefix("secateur.errors."))
     return kind(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def entries(path: pathlib.Path) -> list[dict[str, Any]]:
+    """What earlier runs have added to a file; nothing where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add(path: pathlib.Path, entry: Mapping[str, Any]) -> None:
+    """Adds one line to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        print(json.dumps(entry), file=file)

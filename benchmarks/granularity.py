@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnxruntime
-from cells import in_process
+from cells import add, entries, in_process
 from tasks import ROOT, TASKS, Task
 
 import secateur
@@ -142,11 +142,7 @@ def main() -> None:
         return
     if unknown := set(arguments.models) - set(by_name):
         parser.error(f"no model {', '.join(unknown)}; there are {', '.join(by_name)}")
-    arguments.into.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str], Cell] = {}
-    for line in arguments.into.read_text().splitlines() if arguments.into.exists() else ():
-        entry = json.loads(line)
-        found[entry["model"], entry["row"]] = Cell(**entry["cell"])
+    found = {(one["model"], one["row"]): Cell(**one["cell"]) for one in entries(arguments.into)}
     heads = f"{'model':18s} {'row':26s} {'score':>7s} {'drift':>6s} {'MACs':>5s} {'size':>5s}"
     print(f"{heads} {'latency':>7s} {'s':>6s} out split")
     for task in [by_name[name] for name in arguments.models] or TASKS:
@@ -158,9 +154,7 @@ def main() -> None:
                 cell = found[task.name, row] = in_process(
                     Cell, __file__, (task.name, json.dumps(fields)), arguments.timeout
                 )
-                with arguments.into.open("a") as file:
-                    entry = {"model": task.name, "row": row, "cell": asdict(cell)}
-                    file.write(json.dumps(entry) + "\n")
+                add(arguments.into, {"model": task.name, "row": row, "cell": asdict(cell)})
             show(task.name, row, found[task.name, row])
 
 
