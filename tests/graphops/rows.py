@@ -1460,8 +1460,21 @@ for _op in ("AveragePool", "MaxPool", "LpPool"):
         "windows that begin before the channels": _over_channels(_op, 3, (0, 0), 9, **_moved),
     }
     rows(_op, _fewer, freezes="SPATIAL")
+
+
+def _less_pooled(op: str) -> Build:
+    """A sequence's channels, seen as space: what a mean over them is to some exporters."""
+
+    def build(net: Net) -> str:
+        x = sequence(net)
+        return sequence_end(net, net.op("Sub", x, net.op(op, x, name=SUBJECT)))
+
+    return build
+
+
 for _op in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"):
     rows(_op, {"": on_image(_op)})
+    rows(_op, {"last of three axes": _less_pooled(_op)}, exact=_op == "GlobalLpPool")
 
 
 @row("MaxPool", "with positions", freezes="INDEXED")

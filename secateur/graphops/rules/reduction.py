@@ -1,10 +1,12 @@
-"""Operators that reduce an axis, or compare positions along it.
+"""Operators that reduce axes, or compare positions along one.
 
 A sum over fewer positions equals a sum with zeros there. A mean, a maximum or a softmax does not:
 those are the law's named exceptions, carried all the same.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -13,21 +15,19 @@ from secateur.graphops.coupling.void import summed
 from secateur.graphops.model.attributes import integer, integers_at, operand
 from secateur.graphops.rules.registry import register
 
-EXACT = "ReduceL1 ReduceL2 ReduceSumSquare"
-INEXACT = "ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp"
+MEANS = "ReduceMean GlobalAveragePool"  # exporters call a mean over the last of three axes a pool
+EXACT = "ReduceL1 ReduceL2 ReduceSumSquare GlobalLpPool"
+INEXACT = "ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp GlobalMaxPool"
 
 
 def _couple_reduce(flow: Flow, node: ir.Node, exact: bool) -> None:
     size = flow.rank(node.inputs[0])
     if not flow.blocks(node.inputs[0]):
         return
-    axes = integers_at(flow, node, 1, "axes")
-    unknown = axes is None and operand(node, 1) is not None
-    if size is None or unknown:
+    axes = _axes(flow, node, size)
+    if size is None or axes is None:
         flow.freeze_value(node.inputs[0], node, "UNKNOWN_SHAPE", "the axes are not known")
         return
-    if axes is None:
-        axes = [] if integer(node, "noop_with_empty_axes", 0) else list(range(size))
     reduced = {axis % size for axis in axes}
     letters = [*range(size)]
     if integer(node, "keepdims", 1):
@@ -35,6 +35,18 @@ def _couple_reduce(flow: Flow, node: ir.Node, exact: bool) -> None:
     else:
         result = [axis for axis in letters if axis not in reduced]
     flow.set(node.outputs[0], flow.meet(node, [(0, letters)], result, exact=exact))
+
+
+def _axes(flow: Flow, node: ir.Node, size: int | None) -> Sequence[int] | None:
+    """Those that are reduced, None where that is not known."""
+    if size is None:
+        return None
+    if node.op_type.startswith("Global"):
+        return range(2, size)
+    axes = integers_at(flow, node, 1, "axes")
+    if axes is not None or operand(node, 1) is not None:
+        return axes
+    return [] if integer(node, "noop_with_empty_axes", 0) else range(size)
 
 
 def couple_exact(flow: Flow, node: ir.Node) -> None:
@@ -104,7 +116,7 @@ def couple_cumsum(flow: Flow, node: ir.Node) -> None:
 
 
 register("ReduceSum", "reduction", couple_exact, void=summed, reads=(0,), additive=True)
-register("ReduceMean", "reduction", couple_inexact, reads=(0,), additive=True)
+register(MEANS, "reduction", couple_inexact, reads=(0,), additive=True)
 register(EXACT, "reduction", couple_exact, void=summed, reads=(0,))
 register(INEXACT, "reduction", couple_inexact, reads=(0,))
 register("Softmax LogSoftmax Hardmax", "reduction", couple_softmax, reads=(0,))

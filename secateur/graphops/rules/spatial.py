@@ -11,8 +11,6 @@ from secateur.graphops.model.attributes import integer, integers, integers_at, o
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
-POOLS = "GlobalLpPool GlobalMaxPool LpPool MaxPool"
-
 
 def couple_pool(flow: Flow, node: ir.Node) -> None:
     """Axis 1 passes; axes in space, and the batch, must stay whole, unless they hold channels."""
@@ -138,8 +136,8 @@ def couple_roi(flow: Flow, node: ir.Node) -> None:
     couple_pool(flow, node)
 
 
-register(POOLS, "spatial", couple_pool, reads=(0,))
-register("AveragePool GlobalAveragePool", "spatial", couple_pool, reads=(0,), additive=True)
+register("LpPool MaxPool", "spatial", couple_pool, reads=(0,))
+register("AveragePool", "spatial", couple_pool, reads=(0,), additive=True)
 register("Resize Upsample", "spatial", couple_resize, rewrite=rewrite_resize, reads=(0,))
 register("DepthToSpace", "spatial", couple_depth_to_space)
 register("SpaceToDepth", "spatial", couple_space_to_depth)

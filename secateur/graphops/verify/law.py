@@ -308,7 +308,7 @@ class _Builder:
         before = self._node("Gather", [value, self._constant(stay)], axis=axis)
         (node.graph or self._graph).insert_before(node, before)
         node.replace_input_with(first, before.outputs[0])
-        if node.op_type.startswith("Reduce"):
+        if node.op_type.startswith(("Reduce", "Global")):
             return
         if node.op_type in _NUMBERS:  # of those that stay → of all
             numbers = node.outputs[_NUMBERS[node.op_type]]
