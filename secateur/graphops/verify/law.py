@@ -34,6 +34,7 @@ from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
+from secateur.graphops.verify.rounding import leave_rounding_out
 from secateur.result import Result
 
 _WHERE_SINCE = 9  # the first opset with Where
@@ -89,7 +90,7 @@ def check_law(source: ModelSource, result: Result) -> LawCheck:
     models = [ir.to_proto(self_contained(reference)), onnx.load_from_string(result.model)]
     difference = _difference(models, feeds)
     if difference > _ROUNDS_ALIKE:
-        left_out = [_leave_rounding_out(one) for one in models]
+        left_out = [leave_rounding_out(one) for one in models]
         if all(left_out):
             return LawCheck(_difference(models, feeds), exceptions, rounded=False)
     return LawCheck(difference, exceptions)
@@ -117,26 +118,6 @@ def _session(model: onnx.ModelProto) -> Session:
         with contextlib.suppress(Exception):  # it rewrites graphs, and cannot rewrite every one
             return open_session(serialised, lean=True, saturating=False)
     return open_session(serialised, lean=True)
-
-
-def _leave_rounding_out(model: onnx.ModelProto) -> bool:
-    """Lets numbers pass by the pairs of QuantizeLinear and DequantizeLinear, in place.
-
-    Sums over fewer terms may end in another last bit. Where that makes the one of two neighbouring
-    steps the other, the layers after can make anything of it.
-
-    Returns:
-        whether there are such pairs.
-    """
-    quantised = {n.output[0]: n for n in model.graph.node if n.op_type == "QuantizeLinear"}
-    pairs = [
-        (node, quantised[node.input[0]])
-        for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in quantised
-    ]
-    for node, source in pairs:
-        node.CopyFrom(onnx.helper.make_node("Identity", source.input[:1], node.output))
-    return bool(pairs)
 
 
 def _reference(
