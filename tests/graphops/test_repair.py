@@ -307,6 +307,29 @@ def test_measured_scope_spares_what_the_output_needs() -> None:
     assert shares[stream] >= max(share for name, share in shares.items() if name != stream)
 
 
+def test_trial_cuts_may_take_sizes_from_inputs_that_nothing_else_reads_any_more() -> None:
+    """Heads and batch are one axis, by a size computed there: after a cut, from the input's."""
+    net = Net()
+    x = net.op("Relu", net.dense(net.input("x", ["N", 5, 8]), 8, 12))
+    asked, told = (net.op("Reshape", net.dense(x, 12, 8), net.ints(-1, 5, 4, 2)) for _ in range(2))
+
+    def one_axis(value: str) -> str:
+        value = net.op("Transpose", value, perm=[0, 2, 1, 3])
+        outer = net.op("Gather", net.op("Shape", value), net.ints(0, 1))
+        size = net.op("ReduceProd", outer, axes=[0], keepdims=1)
+        return net.op("Reshape", value, net.op("Concat", size, net.ints(-1, 2), axis=0))
+
+    keys = net.op("Transpose", one_axis(told), perm=[0, 2, 1])
+    y = net.op("MatMul", net.op("MatMul", one_axis(asked), keys), one_axis(told))
+    y = net.op("Transpose", net.op("Reshape", y, net.ints(-1, 4, 5, 2)), perm=[0, 2, 1, 3])
+    net.output(net.dense(net.op("Reshape", y, net.ints(0, 5, 8)), 8, 3))
+    data = {"x": np.random.default_rng(0).standard_normal((40, 5, 8)).astype(np.float32)}
+    recipe = secateur.Recipe(target={"macs": 0.6})
+    result = secateur.prune(net.bytes(), recipe, calibration=data, measure_latency=False)
+    kinds = {group.kind for group in result.report.groups if group.kept < group.units}
+    assert kinds == {"channel", "head"}
+
+
 def test_tied_weights_stay_tied() -> None:
     net = Net()
     shared = net.floats(8, 8)

@@ -42,6 +42,7 @@ class Network:
         self._nodes = list(model.graph)
         self._place = {node: place for place, node in enumerate(self._nodes)}
         self._at = 0  # nodes before it have run
+        self._feeds = batches
         self._held: list[Feeds] = [dict(batch) for batch in batches]
         self._hold = hold
 
@@ -63,10 +64,13 @@ class Network:
         return Piece(self, list(dict.fromkeys(names)))
 
     def beside(self, model: ir.Model) -> Network:
-        """Another model on the values held here: one that differs only in what is still to run."""
-        other = Network(model, (), self._hold)
-        other._held = list(self._held)
-        return other
+        """Another model on the values held here: one that differs only in what is still to run.
+
+        It may read the feeds again, which the model itself does no more: a size after a cut comes
+        from them.
+        """
+        together = [{**feeds, **held} for feeds, held in zip(self._feeds, self._held, strict=True)]
+        return Network(model, together, self._hold)
 
     def advance(self, node: ir.Node) -> None:
         """Stands just before `node`, if the values that cross there may be held."""
