@@ -330,6 +330,23 @@ def test_trial_cuts_may_take_sizes_from_inputs_that_nothing_else_reads_any_more(
     assert kinds == {"channel", "head"}
 
 
+def test_trial_cuts_begin_where_a_state_of_their_size_is_made() -> None:
+    """The initial state of a recurrent layer comes before a layer that its trial does not touch."""
+    net = Net()
+    x = net.input("x", ["N", 5, 4])
+    batch = net.op("Gather", net.op("Shape", x), net.ints(0))
+    size = net.op("Concat", net.ints(1), batch, net.ints(12), axis=0)
+    state = net.op("Expand", net.const(np.zeros((), np.float32)), size)
+    rows = net.op("Transpose", net.op("Relu", net.dense(x, 4, 6)), perm=[1, 0, 2])
+    weights = (net.floats(1, 36, 6), net.floats(1, 36, 12), net.floats(1, 72))
+    y = net.op("GRU", rows, *weights, "", state, hidden_size=12)
+    net.output(net.dense(net.op("Squeeze", y, net.ints(1)), 12, 3))
+    data = {"x": np.random.default_rng(0).standard_normal((40, 5, 4)).astype(np.float32)}
+    recipe = secateur.Recipe(target={"macs": 0.6})
+    result = secateur.prune(net.bytes(), recipe, calibration=data, measure_latency=False)
+    assert any(group.units == 12 and group.kept < 12 for group in result.report.groups)
+
+
 def test_tied_weights_stay_tied() -> None:
     net = Net()
     shared = net.floats(8, 8)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import UnitGroup
+from secateur.graphops.model.graph import bodies, walk
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.repair.compensate import compensate
 from secateur.graphops.surgery.cut import cut
@@ -83,15 +84,18 @@ class _Trials:
         self._observed, self._copies = observed, copies
         self._answers = Answers(observed, samples)
         self._nodes = list(observed.model.graph)
-        self._first: dict[str, int] = {}  # tensor → where it first shows
+        coupling = observed.coupling
+        self._first = np.full(coupling.count + 1, len(self._nodes) - 1)  # by unit
         for place, node in enumerate(self._nodes):
-            for value in (*node.inputs, *node.outputs):
-                if value is not None and value.name:
-                    self._first.setdefault(value.name, place)
+            inside = [inner for body in bodies(node).values() for inner in walk(body)]
+            for value in (v for one in (node, *inside) for v in (*one.inputs, *one.outputs)):
+                for units in coupling.axes(str(value.name) if value else "").values():
+                    self._first[units] = np.minimum(self._first[units], place)
 
     def begins(self, group: UnitGroup) -> int:
-        """Where the first node stands that a cut of the group changes."""
-        return min(self._first.get(name, 0) for name, _ in group.axes)
+        """Where the first node stands that a cut of the group changes: one with its weights, or
+        one before that makes a tensor of that size (a state to start from)."""
+        return int(self._first[group.units].min())
 
     def drift(self, group: UnitGroup, units: npt.NDArray[np.int32]) -> float:
         """Of the outputs, when units of a group go."""
