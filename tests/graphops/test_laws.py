@@ -24,7 +24,6 @@ from secateur.graphops import rules
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes, infer_shapes
-from secateur.graphops.verify import law
 from secateur.graphops.verify.law import check_law
 from secateur.graphops.verify.rounding import leave_rounding_out
 
@@ -90,8 +89,8 @@ def _check(
     result: secateur.Result,
     must_cut: bool = True,
 ) -> None:
-    found = check_law(source, result)
-    assert found.difference < FLOAT32
+    law = check_law(source, result)
+    assert law.difference < FLOAT32
     if not row.alone:
         assert result.plan.kept
         return
@@ -104,7 +103,7 @@ def _check(
         assert operator.cut or (not row.carries and result.plan.kept), "nothing at it was cut"
         assert operator.carried or not row.carries, "nothing crossed it"
         assert operator.exact == row.exact
-        assert (SUBJECT in found.exceptions) == (not row.exact)
+        assert (SUBJECT in law.exceptions) == (not row.exact)
 
 
 @pytest.mark.parametrize("row", FREEZING, ids=by_id)
@@ -195,7 +194,8 @@ def test_the_law_is_checked_without_rounding_where_that_hides_it(
     source = quantised_as_it_runs().SerializeToString()
     result = prune(source, target={"channels": 0.5})
     assert result.report.after.params < result.report.before.params
-    monkeypatch.setattr(law, "_ROUNDS_ALIKE", -1.0)  # as if another last bit had been rounded
-    found = check_law(source, result)
-    assert not found.rounded
-    assert found.difference < FLOAT32
+    # as if another last bit had been rounded
+    monkeypatch.setattr("secateur.graphops.verify.law._ROUNDS_ALIKE", -1.0)
+    law = check_law(source, result)
+    assert not law.rounded
+    assert law.difference < FLOAT32

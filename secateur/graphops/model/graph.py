@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,11 @@ def bodies(node: ir.Node) -> dict[str, ir.Graph]:
     return found
 
 
-def walk(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every node, those of bodies after the node they belong to (onnx_ir's own traversal looks
-    into every attribute of every node, which costs more than the labels of a graph)."""
-    for node in graph:
+def walk(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Every node, of a graph for one, and those of bodies after the node they belong to (onnx_ir's
+    own traversal looks into every attribute of every node, which costs more than the labels of a
+    graph)."""
+    for node in nodes:
         yield node
         if node.op_type in _CONTROL:
             for body in bodies(node).values():

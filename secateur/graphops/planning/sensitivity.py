@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import UnitGroup
-from secateur.graphops.model.graph import bodies, walk
+from secateur.graphops.model.graph import walk
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.repair.compensate import compensate
 from secateur.graphops.surgery.cut import cut
@@ -86,11 +86,10 @@ class _Trials:
         self._nodes = list(observed.model.graph)
         coupling = observed.coupling
         self._first = np.full(coupling.count + 1, len(self._nodes) - 1)  # by unit
-        for place, node in enumerate(self._nodes):
-            inside = [inner for body in bodies(node).values() for inner in walk(body)]
-            for value in (v for one in (node, *inside) for v in (*one.inputs, *one.outputs)):
+        for place, node in reversed(list(enumerate(self._nodes))):
+            for value in (v for one in walk([node]) for v in (*one.inputs, *one.outputs)):
                 for units in coupling.axes(str(value.name) if value else "").values():
-                    self._first[units] = np.minimum(self._first[units], place)
+                    self._first[units] = place
 
     def begins(self, group: UnitGroup) -> int:
         """Where the first node stands that a cut of the group changes: one with its weights, or
