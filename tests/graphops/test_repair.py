@@ -253,6 +253,27 @@ def test_where_the_original_stands_all_that_is_aimed_at_is_still_there() -> None
         assert np.allclose(left[wanted[place]], expected, atol=1e-5)
 
 
+def test_a_piece_knows_the_sizes_that_all_it_is_fed_have() -> None:
+    """Where the rank of a size is not known, ONNX Runtime takes `sizes` for empty."""
+    net = Net()
+    x = net.op("Relu", net.input("x", ["N", 2, "H", "W"]))
+    height = net.op("Gather", net.op("Shape", x), net.const(np.array(2)), axis=0)
+    side = net.op("Unsqueeze", height, net.ints(0))
+    sizes = net.op("Concat", net.ints(1, 2), side, side, axis=0)
+    places = net.op("Resize", net.floats(1, 2, 4, 4), "", "", sizes, mode="cubic")
+    net.output(net.op("Add", x, places))
+    opened = open_model(net.bytes())
+    batches = [{"x": np.ones((2, 2, size, size), np.float32)} for size in (6, 5)]
+    network = Network(opened.model, batches)
+    network.advance(next(node for node in opened.model.graph if node.op_type == "Unsqueeze"))
+    y = str(opened.model.graph.outputs[0].name)
+    session = onnxruntime.InferenceSession(net.bytes())
+    for batch, feeds in enumerate(batches):
+        assert np.allclose(network.piece([y]).run(batch)[y], session.run([y], feeds)[0])
+    shapes = [value.type.tensor_type.shape.dim for value in network.graph([y])[0].graph.input]
+    assert [[dim.dim_value for dim in shape] for shape in shapes] == [[2, 2, 0, 0], []]
+
+
 def with_outputs(model: bytes, names: list[str]) -> bytes:
     """The model, giving other tensors too."""
     proto = onnx.load_from_string(model)

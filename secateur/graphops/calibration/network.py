@@ -115,7 +115,8 @@ class Network:
         inputs = [name for name in given if name in wanted]
         for name in inputs:
             dtype = onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, None))
+            sizes = _common(held[name].shape for held in self._held)
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, sizes))
         for name, value in graph.initializers.items():
             if name in wanted and value.const_value is not None:
                 constant = value.const_value
@@ -201,6 +202,13 @@ def read_by(node: ir.Node) -> list[ir.Value]:
 def last_uses(nodes: Sequence[ir.Node]) -> dict[str, int]:
     """By value, the place of the last node that reads it."""
     return {str(value.name): place for place, node in enumerate(nodes) for value in read_by(node)}
+
+
+def _common(shapes: Iterable[tuple[int, ...]]) -> list[int | None]:
+    """The sizes that all shapes have, None where they differ; and for 0, which says nothing."""
+    return [
+        sizes[0] or None if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True)
+    ]
 
 
 def _makes_a_weight(node: ir.Node) -> bool:
