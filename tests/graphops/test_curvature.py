@@ -7,6 +7,7 @@ import onnx
 import pytest
 from laws import prune
 from nets import Net
+from onnx import helper
 
 from secateur.graphops.calibration import curvature
 from secateur.graphops.calibration.derivatives import freeze, reverse
@@ -143,6 +144,44 @@ def test_before_opset_13_softmax_takes_all_axes_from_one_on(op: str, axis: int |
 
     assert np.allclose(slopes(9), slopes(13), rtol=1e-4)
     assert np.allclose(slopes(11), slopes(13), rtol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "Gather"])
+def test_what_is_taken_several_times_counts_as_often_at_any_opset(op: str) -> None:
+    def slopes(opset: int) -> np.ndarray:
+        net = Net(opset)
+        z = net.conv(net.input("x", ["N", 2, 6]), 2, 4, kernel=(3,))
+        if op == "MaxPool":
+            net.output(net.op(op, z, kernel_shape=[3], strides=[1]))
+        else:
+            net.output(net.op(op, z, net.ints(0, 2, 2), axis=1))
+        found = curvature.measure(open_model(net.bytes()).model, {z: 1}, [samples(6, 2, 6)], 0)
+        assert not found.missing
+        return found.of[z]
+
+    assert np.allclose(slopes(9), slopes(17), rtol=1e-4)
+
+
+def test_branches_are_derived() -> None:
+    """They are in the graph of derivatives once more, where a name may be there once."""
+    net = Net()
+    z = net.dense(net.input("x", ["N", 4]), 4, 3)
+    bodies = [
+        helper.make_graph(
+            [helper.make_node(op, [z], [op], op)],
+            op,
+            [],
+            [helper.make_tensor_value_info(op, onnx.TensorProto.FLOAT, ["N", 3])],
+        )
+        for op in ("Neg", "Abs")
+    ]
+    flag = net.input("flag", [], onnx.TensorProto.BOOL)
+    y = net.op("If", flag, then_branch=bodies[0], else_branch=bodies[1], name="branch")
+    net.output(y)
+    feeds = {**samples(5, 4), "flag": np.array(True)}
+    found = curvature.measure(open_model(net.bytes()).model, {z: 1}, [feeds], 0)
+    assert not found.missing
+    assert np.allclose(found.of[z], 1)
 
 
 def test_what_is_rounded_has_no_derivative() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnx_ad
 import onnx_ir as ir
 
@@ -16,6 +16,7 @@ from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 
 PREFIX = "adj_"  # onnx-ad's
+_OPSET = 16  # the first in which ScatterND adds: the derivative of what is taken several times
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
 
 # From the number of a sample, s: arrays like the outputs that are derived.
@@ -44,11 +45,25 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-        _add_shapes(proto)
+        _infer(proto)
+        _convert(proto)
+        _infer(proto)
     except Exception as error:
         raise NoDerivative(f"shapes cannot be inferred: {error}") from error
     _respell(proto)
+
+
+def _infer(proto: onnx.ModelProto) -> None:
+    proto.CopyFrom(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    _add_shapes(proto)
+
+
+def _convert(proto: onnx.ModelProto) -> None:
+    """Brings what is older to the opset that derivatives are spelt in, in place, if onnx can."""
+    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
+    if opset < _OPSET:
+        with contextlib.suppress(Exception):
+            proto.CopyFrom(onnx.version_converter.convert_version(proto, _OPSET))
 
 
 def _add_shapes(proto: onnx.ModelProto) -> None:
@@ -110,6 +125,8 @@ def reverse(
         )
     except Exception as error:
         raise NoDerivative(str(error)) from error
+    for node in derived.graph.node:  # a body runs again for its derivative, under the same name
+        node.ClearField("name")
     _drop_unread(derived)
     _multiply_by_masks(derived, {f"{PREFIX}{name}" for name in outputs})
     return derived
@@ -267,14 +284,12 @@ def _multiply_by_masks(proto: onnx.ModelProto, seeds: set[str]) -> None:
 
 
 def _respell(proto: onnx.ModelProto) -> None:
-    """Says what onnx-ad has no derivative of in what it has, in place: strided slices as Gathers,
-    and the Softmax of before opset 13, which takes all axes from one on together."""
+    """Says strided slices, of which onnx-ad has no derivative, as Gathers, in place."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
         if _has_shape(value)
     }
-    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
@@ -285,36 +300,10 @@ def _respell(proto: onnx.ModelProto) -> None:
             nodes.append(node)
         elif node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
             nodes += _gathers(proto, node, bounds, shapes[node.input[0]])
-        elif node.op_type in ("Softmax", "LogSoftmax") and opset < 13:
-            nodes += _exponentials(node, len(shapes[node.input[0]]), opset >= 11)
         else:
             nodes.append(node)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-
-
-def _exponentials(node: onnx.NodeProto, rank: int, shift: bool) -> Iterator[onnx.NodeProto]:
-    """exp(x) / Σ exp(x), or its logarithm, over all axes from one on.
-
-    Args:
-        shift: whether to take the largest off first, against overflow; its derivative compares
-            floats, which opsets below 11 do not.
-    """
-    axis = next((one.i for one in node.attribute if one.name == "axis"), 1)
-    over: dict[str, Any] = {"axes": list(range(axis % rank, rank)), "keepdims": 1}
-    x, y = node.input[0], node.output[0]
-    make = onnx.helper.make_node
-    if shift:
-        yield make("ReduceMax", [x], [f"{y}_largest"], **over)
-        yield make("Sub", [x, f"{y}_largest"], [f"{y}_less"])
-        x = f"{y}_less"
-    yield make("Exp", [x], [f"{y}_exp"])
-    yield make("ReduceSum", [f"{y}_exp"], [f"{y}_sum"], **over)
-    if node.op_type == "Softmax":
-        yield make("Div", [f"{y}_exp", f"{y}_sum"], [y])
-    else:
-        yield make("Log", [f"{y}_sum"], [f"{y}_log"])
-        yield make("Sub", [x, f"{y}_log"], [y])
 
 
 def _gathers(
