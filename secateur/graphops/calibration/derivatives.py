@@ -12,6 +12,7 @@ import onnx_ad
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
+from secateur.graphops.calibration.respelling import respell, shape_of
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 
@@ -44,13 +45,16 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
     del proto.graph.value_info[:]
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
+    named = {one.domain for one in proto.opset_import}
+    for domain in {node.domain for node in proto.graph.node} - named - {"", "ai.onnx"}:
+        proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))  # ONNX Runtime needs none
     try:
-        _infer(proto)
-        _convert(proto)
+        for rewrite in (_convert, respell):
+            _infer(proto)
+            rewrite(proto)
         _infer(proto)
     except Exception as error:
         raise NoDerivative(f"shapes cannot be inferred: {error}") from error
-    _respell(proto)
 
 
 def _infer(proto: onnx.ModelProto) -> None:
@@ -69,7 +73,9 @@ def _convert(proto: onnx.ModelProto) -> None:
 def _add_shapes(proto: onnx.ModelProto) -> None:
     """Shapes that onnx does not infer, in place: those after shape arithmetic of older opsets."""
     outputs = {value.name: value for value in proto.graph.output}
-    known = {v.name for v in (*proto.graph.value_info, *outputs.values()) if _has_shape(v)}
+    known = {
+        v.name for v in (*proto.graph.value_info, *outputs.values()) if shape_of(v) is not None
+    }
     missing = {name for node in proto.graph.node for name in node.output} - known - {""}
     if not missing:
         return
@@ -86,11 +92,6 @@ def _add_shapes(proto: onnx.ModelProto) -> None:
             outputs[name].CopyFrom(made)
         else:
             proto.graph.value_info.append(made)
-
-
-def _has_shape(value: onnx.ValueInfoProto) -> bool:
-    kind = value.type.tensor_type
-    return kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
 
 
 def add_shift(
@@ -281,46 +282,3 @@ def _multiply_by_masks(proto: onnx.ModelProto, seeds: set[str]) -> None:
         make = onnx.helper.make_node
         proto.graph.node.append(make("Cast", [condition], [mask], mask, to=zeros[zero]))
         proto.graph.node.append(make("Mul", [value, mask], node.output, node.name))
-
-
-def _respell(proto: onnx.ModelProto) -> None:
-    """Says strided slices, of which onnx-ad has no derivative, as Gathers, in place."""
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output)
-        if _has_shape(value)
-    }
-    constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
-        bounds = [constants[name] for name in node.input[1:] if name in constants]
-        if shapes.keys().isdisjoint(node.input[:1]):  # onnx-ad says what it cannot do
-            nodes.append(node)
-        elif node.op_type == "Slice" and len(bounds) == 4 and (bounds[3] != 1).any():
-            nodes += _gathers(proto, node, bounds, shapes[node.input[0]])
-        else:
-            nodes.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-
-
-def _gathers(
-    proto: onnx.ModelProto, node: onnx.NodeProto, bounds: list[Array], shape: list[int]
-) -> Iterator[onnx.NodeProto]:
-    """A Slice, one axis after another; its indices become initializers.
-
-    Args:
-        bounds: starts, ends, axes, steps.
-        shape: of its input.
-    """
-    x = node.input[0]
-    rows = list(zip(*(bound.tolist() for bound in bounds), strict=True))
-    for place, (start, end, axis, step) in enumerate(rows):
-        output = node.output[0] if place == len(rows) - 1 else f"{node.output[0]}_{place}"
-        indices = np.arange(shape[axis])[start:end:step]
-        constant = onnx.numpy_helper.from_array(indices, f"{output}_indices")
-        proto.graph.initializer.append(constant)
-        yield onnx.helper.make_node("Gather", [x, constant.name], [output], axis=axis)
-        x = output
