@@ -1,6 +1,6 @@
 """Accuracy without training: trained models pruned with unlabelled data, then scored.
 
-    python benchmarks/accuracy.py [--only MODEL] [--criteria a,b] [--rivals] [--cells FILE]
+    python benchmarks/accuracy.py [--only MODEL] [--criteria a,b] [--rivals] [--int8] [--cells FILE]
 
 Models, data and scores are those of `tasks.py`, in `../shared/bench`; labels only score. Rows are
 models at MACs 0.7 and 0.5; columns the original, our default, l2 alone (no data, no repair), each
@@ -11,7 +11,8 @@ included. A line is printed when a cell is done, and the table at the end, or wh
 
 What the goals are about comes first: original, default and l2 alone of every model, then other
 tools, then the criteria, model by model, the two ImageNet models last. `--criteria ''` stops
-before those. `--cells FILE` keeps every cell that is done, and takes up where a run stopped.
+before those. `--int8` adds the original in 8 bits and what the default makes of that.
+`--cells FILE` keeps every cell that is done, and takes up where a run stopped.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import secateur
 
 TARGETS = (0.7, 0.5)
 ALONE = "l2 alone"
+INT8 = "int8 "  # before a column: of the model in 8 bits
 SEE_DATA = (
     "activation",
     "rms",
@@ -82,6 +84,10 @@ class Cell:
 def run_cell(task: Task, column: str, target: float) -> Cell:
     """Prunes and scores, in this process."""
     model, calibration = task.model(), task.calibration()
+    if column.startswith(INT8):
+        column = column.removeprefix(INT8)
+        whole = secateur.Recipe(target={"channels": 1.0}, quantize="int8")
+        model = secateur.prune(model, whole, calibration=calibration, measure_latency=False).model
     if column == "original":
         return Cell(score=task.measure(model))
     run, start, before = None, time.perf_counter(), time.process_time()
@@ -108,10 +114,14 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
     return Cell(score, macs, seconds, processor, peak)
 
 
-def in_order(tasks: list[Task], criteria: list[str], with_rivals: bool) -> list[Key]:
+def in_order(
+    tasks: list[Task], criteria: list[str], with_rivals: bool, with_int8: bool
+) -> list[Key]:
     """What is run, the most important first."""
     first = [("original", TARGETS[0])]
     first += [(column, target) for column in ("default", ALONE) for target in TARGETS]
+    if with_int8:
+        first += [(f"{INT8}original", TARGETS[0]), *((f"{INT8}default", t) for t in TARGETS)]
     order = [(task.name, *cell) for cell in first for task in tasks]
     for rival in (ONNXSIM, TORCH_PRUNING) if with_rivals else ():
         some = [task for task in tasks if rival == ONNXSIM or task.name in RESNETS]
@@ -149,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a model; may be repeated")
     parser.add_argument("--criteria", default=",".join(SEE_DATA), help="those to show, by commas")
     parser.add_argument("--rivals", action="store_true", help="run other tools beside it")
+    parser.add_argument("--int8", action="store_true", help="prune what is quantised, too")
     parser.add_argument("--cells", type=pathlib.Path, help="file of cells, to go on with later")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds of one cell at most")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
@@ -162,7 +173,7 @@ def main() -> None:
         return
     tasks = [by_name[name] for name in arguments.only] or list(TASKS)
     criteria = [name for name in arguments.criteria.split(",") if name]
-    order = in_order(tasks, criteria, arguments.rivals)
+    order = in_order(tasks, criteria, arguments.rivals, arguments.int8)
     before = kept(arguments.cells)
     cells = {key: before[key] for key in order if key in before}
     print("model              column           MACs  score  kept     s   cpu   MiB")

@@ -184,6 +184,21 @@ def test_branches_are_derived() -> None:
     assert np.allclose(found.of[z], 1)
 
 
+def test_what_is_quantised_counts_within_the_range_of_its_integers() -> None:
+    net, power = Net(), np.array([3.0, 1.0, 0.5], np.float32)
+    z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))
+    scaling = net.const(np.float32(0.01)), net.const(np.uint8(100))
+    real = net.op("DequantizeLinear", net.op("QuantizeLinear", z, *scaling), *scaling)
+    net.output(net.op("Mul", real, net.const(power)))
+    feeds = samples(50, 4)
+    values = open_session(_with_output(net.bytes(), z)).run([z], feeds)[0]
+    inside = ((values > -1) & (values < 1.55)).mean(axis=0)
+    assert inside.min() > 0 and inside.max() < 1
+    found = curvature.measure(open_model(net.bytes()).model, {z: 1}, [feeds], 0)
+    assert not found.missing
+    assert np.allclose(found.of[z], power**2 * inside, rtol=1e-5)
+
+
 def test_what_is_rounded_has_no_derivative() -> None:
     net = Net()
     z = net.op("MatMul", net.input("x", ["N", 4]), net.floats(4, 3))

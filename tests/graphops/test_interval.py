@@ -61,6 +61,23 @@ def test_a_bound_is_one_number(values: list[float], bounds: tuple[float, float] 
     assert rule.flat(open_model(net.bytes()).model.graph[0]) == bounds
 
 
+@pytest.mark.parametrize("zero", [np.uint8(10), np.int8(-3)])
+def test_beyond_its_integers_range_what_is_quantised_is_flat(zero: np.generic) -> None:
+    net = Net()
+    scale = np.float32(0.5)
+    net.output(net.op("QuantizeLinear", net.input("x", [4]), net.const(scale), net.const(zero)))
+    model = open_model(net.bytes()).model
+    (node,) = model.graph
+    rule = rules.of(node, model.opset_imports)
+    assert rule is not None and rule.flat is not None
+    bounds = rule.flat(node)
+    assert bounds is not None
+    x = np.array([bounds[0] - 9, bounds[0], bounds[1], bounds[1] + 9], np.float32)
+    y = ReferenceEvaluator(onnx.load_from_string(net.bytes())).run(None, {"x": x})[0]
+    limits = np.iinfo(zero.dtype)
+    assert y.tolist() == [limits.min, limits.min, limits.max, limits.max]
+
+
 def test_bounds_that_are_computed_are_not_known() -> None:
     net = Net()
     net.output(net.op("Clip", net.input("x", [5]), net.input("low", [])))

@@ -22,10 +22,10 @@ import secateur
 from secateur.errors import Code, Refused
 from secateur.graphops import rules
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.verify.law import check_law
-from secateur.graphops.verify.rounding import leave_rounding_out
 
 RUNNABLE = [pytest.param(row, id=row.id) for row in ROWS if row.freezes is None]
 FREEZING = [row for row in ROWS if row.freezes is not None]

@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
 from secateur.graphops.calibration.respelling import respell, shape_of
+from secateur.graphops.model.graph import opset_of
+from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
 
@@ -49,7 +51,7 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
     for domain in {node.domain for node in proto.graph.node} - named - {"", "ai.onnx"}:
         proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))  # ONNX Runtime needs none
     try:
-        for rewrite in (_convert, respell):
+        for rewrite in (_convert, leave_rounding_out, respell):
             _infer(proto)
             rewrite(proto)
         _infer(proto)
@@ -64,8 +66,7 @@ def _infer(proto: onnx.ModelProto) -> None:
 
 def _convert(proto: onnx.ModelProto) -> None:
     """Brings what is older to the opset that derivatives are spelt in, in place, if onnx can."""
-    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
-    if opset < _OPSET:
+    if opset_of(proto) < _OPSET:
         with contextlib.suppress(Exception):
             proto.CopyFrom(onnx.version_converter.convert_version(proto, _OPSET))
 

@@ -13,6 +13,7 @@ import onnx
 
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.model.contrib import CONTRIB
+from secateur.graphops.model.graph import opset_of
 
 _Spelling = Callable[["Respelling", onnx.NodeProto], bool]
 _SPELLINGS: dict[tuple[str, str], _Spelling] = {}
@@ -53,7 +54,7 @@ class Respelling:
         self.shapes = {name: shape for name, shape in shapes.items() if shape is not None}
         self.shapes.update({name: list(array.shape) for name, array in self.constants.items()})
         self._kinds = {value.name: value.type.tensor_type.elem_type for value in values}
-        self._opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+        self._opset = opset_of(proto)
         self._graph = graph
         self._node, self._made = onnx.NodeProto(), 0
 

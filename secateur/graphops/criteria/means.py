@@ -12,6 +12,7 @@ from onnx import helper
 
 from secateur.graphops.calibration import sample_count
 from secateur.graphops.criteria.context import Context, Part
+from secateur.graphops.model.graph import opset_of
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.model.runtime import open_session
 
@@ -63,7 +64,7 @@ def _places(context: Context) -> list[tuple[str, int]]:
 def _with_means(context: Context, places: list[tuple[str, int]], statistic: Statistic) -> bytes:
     """The model with the mean along each place as its outputs (the axis alone is kept)."""
     proto = ir.to_proto(self_contained(context.model.clone()))
-    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(proto)
     del proto.graph.output[:]
     for index, (name, axis) in enumerate(places):
         rank = len(context.coupling.shapes.of(name) or ())

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import integer
@@ -19,6 +20,12 @@ def node_label(node: ir.Node) -> str:
     if node.name:
         return node.name
     return next((value.name for value in node.outputs if value.name), None) or node.op_type
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of ai.onnx that a model is written in, 1 where it does not say."""
+    versions = (one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
+    return next(versions, 1)
 
 
 def real_inputs(graph: ir.Graph) -> list[ir.Value]:

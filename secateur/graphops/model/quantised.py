@@ -64,6 +64,15 @@ class Scaled:
         return scale, zero
 
 
+def reach(scale: npt.NDArray[Any], zero: npt.NDArray[Any]) -> tuple[float, float] | None:
+    """What the least and the most of the integers stand for; None where scale and zero point are
+    not one number each, or the zero point is no integer of NumPy's."""
+    if scale.size != 1 or zero.size != 1 or zero.dtype.kind not in "iu":
+        return None
+    limits, start, step = np.iinfo(zero.dtype), float(zero.item()), float(scale.item())
+    return (limits.min - start) * step, (limits.max - start) * step
+
+
 def scaled_constants(graph: ir.Graph) -> dict[str, Scaled]:
     """Constants of integers that operators read as scaled numbers, by name."""
     found = {}

@@ -30,6 +30,7 @@ from onnxruntime import quantization
 
 from secateur.errors import Code, Refused, VerificationFailed, refuse
 from secateur.graphops.calibration.data import Feeds
+from secateur.graphops.model.graph import opset_of
 from secateur.graphops.model.runtime import first_line, open_session
 from secateur.graphops.model.writing import Serialised
 
@@ -117,7 +118,7 @@ def _prepare(graph: onnx.GraphProto) -> None:
 
 def _int8(proto: onnx.ModelProto, how: str, batches: Sequence[Feeds]) -> onnx.ModelProto:
     """The quantiser reads and writes files: they lie in a folder that goes again."""
-    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 1)
+    opset = opset_of(proto)
     if how == "int8" and opset < _PER_CHANNEL_OPSET:
         proto = onnx.version_converter.convert_version(proto, _PER_CHANNEL_OPSET)
     level = logging.root.level

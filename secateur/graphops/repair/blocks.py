@@ -62,7 +62,7 @@ def blocks(model: ir.Model, found: list[Repairable]) -> list[Block]:
         if not enough or awaited or len(alive) != 1:
             continue
         (end,) = alive
-        if _is_flattened(end, opsets):
+        if _is_flattened(end, opsets) or _is_dequantised(end):
             continue
         start = nodes[first]
         if len(mine) < LAYERS and made:
@@ -86,6 +86,11 @@ def _is_flattened(value: ir.Value, opsets: Mapping[str, int]) -> bool:
     return rule is not None and rule.flat is not None
 
 
+def _is_dequantised(value: ir.Value) -> bool:
+    """Whether it is integers that stand for real numbers."""
+    return any(user.op_type == "DequantizeLinear" for user, _ in value.uses())
+
+
 def _passes_on(node: ir.Node) -> bool:
     """Whether what a node puts out depends on the numbers that it reads."""
     return node.op_type not in ("Shape", "Size")
@@ -93,4 +98,4 @@ def _passes_on(node: ir.Node) -> bool:
 
 def _is_real(target: Target) -> bool:
     tensor = tensor_of(target.view)
-    return target.dequantiser is None and tensor is not None and tensor.dtype == ir.DataType.FLOAT
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT

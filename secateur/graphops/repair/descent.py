@@ -44,8 +44,9 @@ class Descending:
             self._moving.append(_Moving.of(self.bias, rows[..., 0]))
 
     def tensor(self) -> Floats:
-        """W as the node reads it."""
-        return np.ascontiguousarray(self._target.view.tensor(self.weight, self.shape), np.float32)
+        """W as the node will read it."""
+        weight = self._target.stored(self.weight)
+        return np.ascontiguousarray(self._target.view.tensor(weight, self.shape), np.float32)
 
     def shift(self, shape: tuple[int, ...]) -> Floats:
         """What b has become larger by, at every position of an output of that shape."""

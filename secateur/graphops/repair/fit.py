@@ -21,6 +21,7 @@ import scipy.linalg
 from secateur.graphops.calibration.moments import gram, total
 
 Matrix = npt.NDArray[np.float64]
+Stored = Callable[[Matrix], Matrix]  # what is left of a W where it is written
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -174,7 +175,7 @@ def choose(
     bias: Matrix,
     *,
     biased: bool,
-    stored: Callable[[Matrix], Matrix] = lambda weight: weight,
+    stored: Stored = lambda weight: weight,
 ) -> Fitted:
     """Fits on one part of the data, keeps what is best on the other, and then uses both.
 
@@ -182,7 +183,7 @@ def choose(
         seen, held: sums over both parts.
         weight, bias: as they are.
         biased: whether there is a b.
-        stored: what becomes of a W where it is written; errors are those of that.
+        stored: errors are those of what it leaves.
     """
     scale = 1 / max(held.variance(), 1e-30)
     before = held.error(weight, bias)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from secateur.graphops.calibration.moments import total
-from secateur.graphops.repair.fit import Fitted, Matrix, Sums, ridge
+from secateur.graphops.repair.fit import Fitted, Matrix, Stored, Sums, ridge
 
 Rows = npt.NDArray[np.float32]
 Bounds = tuple[float, float]
@@ -146,6 +146,7 @@ def loosen(
     rows: tuple[Intervals, Intervals],
     weight: Matrix,
     bias: Matrix,
+    stored: Stored = lambda weight: weight,
 ) -> Fitted:
     """Lets y be anything that does as well, where that helps on held-back rows.
 
@@ -154,6 +155,7 @@ def loosen(
         sums: of what was learnt from, and of what is held back.
         rows: of the same.
         weight, bias: those that were there before the fit.
+        stored: errors are those of what it leaves.
 
     Returns:
         the best of the two and of what was there; its errors are distances to the intervals.
@@ -163,10 +165,10 @@ def loosen(
     scale = 1 / max(held.variance(), 1e-30)
     turns = _Turns.of(seen, learnt, fitted.damping, weight)
     now, taken = turns.first, 0
-    error = judges.error(*now)
+    error = judges.error(stored(now[0]), now[1])
     while taken < _TURNS:
         now = turns.next(*now)
-        fresh = judges.error(*now)
+        fresh = judges.error(stored(now[0]), now[1])
         if not fresh < error * (1 - _GAIN):
             break
         error, taken = fresh, taken + 1

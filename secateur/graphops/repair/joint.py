@@ -160,9 +160,10 @@ class _JointFit:
         proto, self._inputs = network.graph([block.end, *self._ys])
         self._open_weights(proto)
         _end_in_error(proto, block.end, aim)
+        whole = proto.SerializeToString()  # derivatives may be of less: without rounding
         freeze(proto, {name: network.values(one)[name] for name in self._inputs})
         try:
-            self._forward = open_session(proto.SerializeToString())
+            self._forward = open_session(whole)
             self._backward, self._slopes, self._read = self._derive(proto)
             self._derivatives(one)
         except Exception as error:  # derivatives that ONNX Runtime does not run are none

@@ -189,8 +189,6 @@ def _flat_beyond(target: Repairable, opsets: Mapping[str, int]) -> Bounds | None
     """Beyond what it makes no difference what a node puts out, as far as is known."""
     if isinstance(target, Gates) or not target.end.biased:
         return None
-    if isinstance(target, Target) and target.dequantiser is not None:
-        return None  # what is rounded may lie beyond a bound or not
     reader = target.end.reader(target.node)
     if reader is None:
         return None
@@ -259,7 +257,9 @@ class _Fit:
         fitted = self._target.fit(seen, held)
         if fitted.damping is None or loose[0] is None or loose[1] is None:
             return fitted
-        return loosen(fitted, (seen, held), (loose[0], loose[1]), weight, start)
+        assert isinstance(self._target, Target)  # what else there is has one entry
+        stored = self._target.stored
+        return loosen(fitted, (seen, held), (loose[0], loose[1]), weight, start, stored)
 
     def _room(self, shape: tuple[int, ...]) -> Intervals | None:
         return None if self._flat is None else Intervals.room(self._flat, shape, self._batches)

@@ -265,9 +265,9 @@ class Target:
 
     def fit(self, seen: Sums, held: Sums) -> Fitted:
         """Least squares; of integers, as they will be rounded."""
-        return fit.choose(seen, held, *self.start(), biased=self.end.biased, stored=self._stored)
+        return fit.choose(seen, held, *self.start(), biased=self.end.biased, stored=self.stored)
 
-    def _stored(self, weight: Matrix) -> Matrix:
+    def stored(self, weight: Array) -> Array:
         """What is left of W where it is written."""
         node, old = self.dequantiser, tensor_of(self.view)
         if node is None or old is None:

@@ -18,6 +18,7 @@ from secateur.graphops.coupling.labels import BARE, Block, Labels, single
 from secateur.graphops.model.attributes import KnowsValues, integer, operand, real
 from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.model.graph import constant_of
+from secateur.graphops.model.quantised import reach
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -89,6 +90,12 @@ def flat_clip(node: ir.Node) -> tuple[float, float] | None:
         else:
             bounds.append(real(node, name, none))
     return bounds[0], bounds[1]
+
+
+def flat_quantize(node: ir.Node) -> tuple[float, float] | None:
+    """The ends of its integers' range; None where they are not one number each, and constant."""
+    scale, zero = (constant_of(operand(node, index)) for index in (1, 2))
+    return None if scale is None or zero is None else reach(scale.numpy(), zero.numpy())
 
 
 def couple_broadcast(flow: Flow, node: ir.Node) -> None:
@@ -251,5 +258,6 @@ _broadcast("Add", void=void.added, additive=True)
 _broadcast("Sub", void=void.subtracted, additive=True)
 _broadcast("Where", void=void.chosen)
 _broadcast("Equal", couple=couple_equal, rewrite=rewrite_equal, void=void.of_empty)
-register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize)
-register("QuantizeLinear DequantizeLinear", "broadcast", couple_quantize, domain=CONTRIB)
+for _domain in ("", CONTRIB):
+    register("QuantizeLinear", "broadcast", couple_quantize, flat=flat_quantize, domain=_domain)
+    register("DequantizeLinear", "broadcast", couple_quantize, domain=_domain)

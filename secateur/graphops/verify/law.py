@@ -29,12 +29,12 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.normalise import unshare
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
+from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import Session, open_session
 from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
-from secateur.graphops.verify.rounding import leave_rounding_out
 from secateur.result import Result
 
 _WHERE_SINCE = 9  # the first opset with Where

@@ -1,14 +1,25 @@
-"""A quantised model without the rounding of what it computes, for the law to be seen exactly.
+"""A quantised model without the rounding of what it computes.
 
-Sums over fewer terms may end in another last bit. Where that makes the one of two neighbouring
-steps the other, the layers after can make anything of it.
+The law is seen exactly in it: sums over fewer terms may end in another last bit, and where that
+makes the one of two neighbouring steps the other, the layers after can make anything of it. And it
+has derivatives: those of what is not rounded, wherever that stays within the integers' range
+(Bengio, Léonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons, 2013).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx
 
+from secateur.graphops.model.graph import opset_of
+from secateur.graphops.model.quantised import reach
+
+Array = npt.NDArray[Any]
+
+_CLIPS = 12  # the opset from which Clip has bounds of any type of floats
 _IN_FLOATS = {"ConvInteger": "Conv", "MatMulInteger": "MatMul"}
 
 
@@ -19,15 +30,34 @@ def leave_rounding_out(model: onnx.ModelProto) -> bool:
     Returns:
         whether there was any of it.
     """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     quantised = {n.output[0]: n for n in model.graph.node if n.op_type == "QuantizeLinear"}
     pairs = [
         (node, quantised[node.input[0]])
         for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in quantised
     ]
+    clips = opset_of(model) >= _CLIPS
     for node, source in pairs:
-        node.CopyFrom(onnx.helper.make_node("Identity", source.input[:1], node.output))
+        bounds = _bounds(source, tensors) if clips else []
+        names = [f"{node.output[0]}_bound_{place}" for place in range(len(bounds))]
+        for name, bound in zip(names, bounds, strict=True):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(bound, name))
+        passes = onnx.helper.make_node(
+            "Clip" if names else "Identity", [source.input[0], *names], node.output
+        )
+        node.CopyFrom(passes)
     return _multiply_in_floats(model) or bool(pairs)
+
+
+def _bounds(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> list[Array]:
+    """The least and the most that a QuantizeLinear lets through: exporters leave a Relu to it.
+    Nothing, where they are not one number each, and constant."""
+    names = list(node.input[1:3])
+    if len(names) < 2 or not all(name in tensors for name in names):
+        return []
+    scale, zero = (onnx.numpy_helper.to_array(tensors[name]) for name in names)
+    return [np.asarray(bound, scale.dtype) for bound in reach(scale, zero) or ()]
 
 
 def _multiply_in_floats(model: onnx.ModelProto) -> bool:
