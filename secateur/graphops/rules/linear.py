@@ -131,33 +131,81 @@ class Convolution:
 
     def rows(self, x: Floats, shape: Sequence[int], places: Places) -> Floats:
         """Patches, zeros where they reach beyond the input."""
-        spatial, sizes = shape[2:], x.shape[2:]
-        sample, *where = np.unravel_index(places, (shape[0], *spatial))
-        begins = self._begins(sizes, spatial)
-        offsets = np.indices(self.kernel).reshape(len(self.kernel), -1)  # (axes, kernel)
-        valid = np.ones((places.size, offsets.shape[1]), np.bool_)
+        taps = np.indices(self.kernel).reshape(len(self.kernel), -1)  # (axes, kernel)
+        spread = [dilation * tap for dilation, tap in zip(self.dilations, taps, strict=True)]
+        begins = self._begins(x.shape[2:], shape[2:])
+        sample, *where = np.unravel_index(places, (shape[0], *shape[2:]))
+        dense = places.size * taps.shape[1] > x.size // x.shape[1]  # x is read more than once
+        if dense and not self.transposed and self.groups < x.shape[1]:
+            patches = self._dense(x, sample, where, begins, spread)
+        else:
+            index, valid = self._positions(x.shape[2:], where, begins, spread)
+            if self.groups == x.shape[1]:
+                return _depthwise(x, sample, np.ravel_multi_index(index, x.shape[2:]), valid)
+            moved = np.moveaxis(x, 1, -1)
+            moved = np.ascontiguousarray(moved) if dense else moved
+            patches = moved[(sample[:, None], *index)]
+            if not valid.all():
+                patches = patches * valid[..., None]
+        split = patches.reshape(*patches.shape[:2], self.groups, -1)
+        rows: Floats = np.moveaxis(split, 2, 0)
+        return np.ascontiguousarray(rows).reshape(self.groups, places.size, -1)
+
+    def _positions(
+        self,
+        sizes: Sequence[int],
+        where: Sequence[Places],
+        begins: Sequence[int],
+        spread: Sequence[Places],
+    ) -> tuple[list[Places], npt.NDArray[np.bool_]]:
+        """Along each axis, (places, kernel): what is read, some position where there is nothing;
+        and whether there is something.
+
+        Args:
+            sizes: of x.
+            where: the places, along each axis.
+            begins: padding before each axis.
+            spread: of the kernel along each axis.
+        """
+        valid = np.ones((where[0].size, spread[0].size), np.bool_)
         index = []
         for axis, size in enumerate(sizes):
-            step, spread = self.strides[axis], self.dilations[axis] * offsets[axis]
+            step = self.strides[axis]
             if self.transposed:
-                ahead = where[axis][:, None] + begins[axis] - spread
+                ahead = where[axis][:, None] + begins[axis] - spread[axis]
                 position, beside = ahead // step, ahead % step
                 valid &= beside == 0
             else:
-                position = where[axis][:, None] * step - begins[axis] + spread
+                position = where[axis][:, None] * step - begins[axis] + spread[axis]
             valid &= (position >= 0) & (position < size)
             index.append(np.clip(position, 0, size - 1))
-        if self.groups == x.shape[1]:
-            return _depthwise(x, sample, np.ravel_multi_index(index, sizes), valid)
-        moved = np.moveaxis(x, 1, -1)
-        if valid.size > math.prod(moved.shape[:-1]):  # most of x is read, and more than once
-            moved = np.ascontiguousarray(moved)
-        patches = moved[(sample[:, None], *index)]  # (places, kernel, channels)
-        if not valid.all():
-            patches = patches * valid[..., None]
-        split = patches.reshape(*valid.shape, self.groups, -1)
-        rows: Floats = np.moveaxis(split, 2, 0)
-        return np.ascontiguousarray(rows).reshape(self.groups, places.size, -1)
+        return index, valid
+
+    def _dense(
+        self,
+        x: Floats,
+        sample: Places,
+        where: Sequence[Places],
+        begins: Sequence[int],
+        spread: Sequence[Places],
+    ) -> Floats:
+        """(places, kernel, channels), of a copy of x that has its padding and channels last.
+
+        Args:
+            sample: of each place; the rest as for `_positions`.
+        """
+        at = [
+            one[:, None] * step + taps
+            for one, step, taps in zip(where, self.strides, spread, strict=True)
+        ]
+        parts = list(zip(begins, x.shape[2:], at, strict=True))
+        wide = [max(begin + size, int(read.max()) + 1) for begin, size, read in parts]
+        padded = np.zeros((len(x), *wide, x.shape[1]), x.dtype)
+        inside = [slice(begin, begin + size) for begin, size, _ in parts]
+        padded[:, *inside] = np.moveaxis(x, 1, -1)
+        flat = np.ravel_multi_index([sample[:, None], *at], padded.shape[:-1])
+        patches: Floats = padded.reshape(-1, x.shape[1]).take(flat, axis=0)
+        return patches
 
     def channels(self, size: int) -> npt.NDArray[np.int64]:
         """Every channel of the group once per kernel position."""
