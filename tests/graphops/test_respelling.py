@@ -31,7 +31,7 @@ def image(op: str, size: int = 7, **attributes: object) -> Build:
 def strided_slice(net: Net) -> str:
     x = net.input("x", [BATCH, LENGTH, WIDTH])
     bounds = (net.ints(-1, 1), net.ints(-99, 7), net.ints(1, 2), net.ints(-2, 3))
-    return net.op("Slice", x, *bounds)
+    return net.op("Slice", net.op("Neg", x), *bounds)  # of what has a shape by inference alone
 
 
 def sequence(op: str, *shapes: tuple[int, ...], domain: str = MS, **attributes: object) -> Build:

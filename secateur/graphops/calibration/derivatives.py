@@ -51,10 +51,10 @@ def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:
     for domain in {node.domain for node in proto.graph.node} - named - {"", "ai.onnx"}:
         proto.opset_import.append(onnx.helper.make_opsetid(domain, 1))  # ONNX Runtime needs none
     try:
-        for rewrite in (_convert, leave_rounding_out, respell):
-            _infer(proto)
-            rewrite(proto)
         _infer(proto)
+        for rewrite in (_convert, leave_rounding_out, respell):
+            if rewrite(proto):
+                _infer(proto)
     except Exception as error:
         raise NoDerivative(f"shapes cannot be inferred: {error}") from error
 
@@ -64,11 +64,14 @@ def _infer(proto: onnx.ModelProto) -> None:
     _add_shapes(proto)
 
 
-def _convert(proto: onnx.ModelProto) -> None:
-    """Brings what is older to the opset that derivatives are spelt in, in place, if onnx can."""
-    if opset_of(proto) < _OPSET:
-        with contextlib.suppress(Exception):
-            proto.CopyFrom(onnx.version_converter.convert_version(proto, _OPSET))
+def _convert(proto: onnx.ModelProto) -> bool:
+    """Brings what is older to the opset that derivatives are spelt in, in place; whether it did."""
+    if opset_of(proto) >= _OPSET:
+        return False
+    with contextlib.suppress(Exception):  # where onnx cannot, most of it has derivatives as it is
+        proto.CopyFrom(onnx.version_converter.convert_version(proto, _OPSET))
+        return True
+    return False
 
 
 def _add_shapes(proto: onnx.ModelProto) -> None:

@@ -19,14 +19,14 @@ _Spelling = Callable[["Respelling", onnx.NodeProto], bool]
 _SPELLINGS: dict[tuple[str, str], _Spelling] = {}
 
 
-def respell(proto: onnx.ModelProto) -> None:
-    """Replaces the nodes that have another spelling, in place; the others stay as they are."""
+def respell(proto: onnx.ModelProto) -> bool:
+    """Replaces the nodes that have another spelling, in place; whether there were any."""
     respelling = Respelling(proto)
     nodes = list(proto.graph.node)
     del proto.graph.node[:]
-    for node in nodes:
-        respelling.add(node)
+    respelt = [respelling.add(node) for node in nodes]
     proto.graph.node.extend(respelling.nodes)
+    return any(respelt)
 
 
 def shape_of(value: onnx.ValueInfoProto) -> list[int] | None:
@@ -58,17 +58,19 @@ class Respelling:
         self._graph = graph
         self._node, self._made = onnx.NodeProto(), 0
 
-    def add(self, node: onnx.NodeProto) -> None:
-        """Writes a node in another spelling, if there is one that says the same of it."""
+    def add(self, node: onnx.NodeProto) -> bool:
+        """Writes a node, in another spelling if there is one that says the same of it."""
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             self.constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
         spelling = _SPELLINGS.get((node.domain, node.op_type))
         self._node, self._made = node, 0
         written = len(self.nodes)
         known = bool(node.input) and node.input[0] in self.shapes
-        if spelling is None or not known or not spelling(self, node):
-            del self.nodes[written:]
-            self.nodes.append(node)
+        if spelling is not None and known and spelling(self, node):
+            return True
+        del self.nodes[written:]
+        self.nodes.append(node)
+        return False
 
     def op(self, op_type: str, *inputs: str, gives: str = "", **attributes: Any) -> str:
         """Writes a node; the name of what it gives.
@@ -135,13 +137,9 @@ def _strided_slice(write: Respelling, node: onnx.NodeProto) -> bool:
     rows = list(zip(*(bound.tolist() for bound in bounds), strict=True))
     for place, (start, end, axis, step) in enumerate(rows):
         taken = write.ints(*range(shape[axis])[start:end:step])
-        x = write.op("Gather", x, taken, axis=axis, gives=_last(node, place, rows))
+        gives = node.output[0] if place == len(rows) - 1 else ""
+        x = write.op("Gather", x, taken, axis=axis, gives=gives)
     return True
-
-
-def _last(node: onnx.NodeProto, place: int, steps: Sequence[Any]) -> str:
-    """What the last of some steps is to give: what the node gives."""
-    return node.output[0] if place == len(steps) - 1 else ""
 
 
 @_spells("Conv", "MaxPool", "AveragePool", "LpPool")

@@ -67,6 +67,8 @@ def _multiply_in_floats(model: onnx.ModelProto) -> bool:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     dynamic = {n.output[2] for n in nodes if n.op_type == "DynamicQuantizeLinear"}
     products = [n for n in nodes if dynamic & set(n.input) and n.op_type != "Where"]
+    if not products:
+        return False
     for node in products:
         known = [_zero_point(node, i) in dynamic or node.input[i] in tensors for i in (0, 1)]
         if node.op_type not in _IN_FLOATS or not all(known):
@@ -83,7 +85,7 @@ def _multiply_in_floats(model: onnx.ModelProto) -> bool:
     for node in nodes:
         steps = _in_steps(node) if node.op_type == "DynamicQuantizeLinear" else [node]
         model.graph.node.extend(steps)
-    return bool(products)
+    return True
 
 
 def _zero_point(product: onnx.NodeProto, place: int) -> str:
