@@ -90,7 +90,7 @@ def turn(
             found="none",
             hint="Give the data that the plan was made by, or plan with --no-rotate.",
         )
-    with clock.stage(Stage.COUPLING, f"turning {len(streams)} streams"):
+    with clock.stage(Stage.CRITERIA, f"turning {len(streams)} streams"):
         return _turned(analysed, samples, recipe, streams, planned=plan is not None)
 
 
