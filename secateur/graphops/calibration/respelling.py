@@ -41,18 +41,18 @@ class Respelling:
 
     Attributes:
         nodes: those that are written.
-        constants: by name; those that nodes hold when they have been written.
+        constants: tensors by name; those that nodes hold when they have been written.
         shapes: by name, where they are known.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         graph = proto.graph
         self.nodes: list[onnx.NodeProto] = []
-        self.constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
         values = (*graph.value_info, *graph.input, *graph.output)
         shapes = {value.name: shape_of(value) for value in values}
         self.shapes = {name: shape for name, shape in shapes.items() if shape is not None}
-        self.shapes.update({name: list(array.shape) for name, array in self.constants.items()})
+        self.shapes.update({name: list(tensor.dims) for name, tensor in self.constants.items()})
         self._kinds = {value.name: value.type.tensor_type.elem_type for value in values}
         self._opset = opset_of(proto)
         self._graph = graph
@@ -61,7 +61,7 @@ class Respelling:
     def add(self, node: onnx.NodeProto) -> bool:
         """Writes a node, in another spelling if there is one that says the same of it."""
         if node.op_type == "Constant" and node.attribute[0].name == "value":
-            self.constants[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+            self.constants[node.output[0]] = node.attribute[0].t
         spelling = _SPELLINGS.get((node.domain, node.op_type))
         self._node, self._made = node, 0
         written = len(self.nodes)
@@ -130,7 +130,8 @@ def _operand(node: onnx.NodeProto, place: int) -> str:
 @_spells("Slice")
 def _strided_slice(write: Respelling, node: onnx.NodeProto) -> bool:
     """One Gather for each axis."""
-    bounds = [write.constants[name] for name in node.input[1:] if name in write.constants]
+    known = [write.constants[name] for name in node.input[1:] if name in write.constants]
+    bounds = list(map(onnx.numpy_helper.to_array, known))
     if len(bounds) != 4 or (bounds[3] == 1).all():
         return False
     shape, x = write.shapes[node.input[0]], node.input[0]
