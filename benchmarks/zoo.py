@@ -173,9 +173,9 @@ def _quiet() -> None:
 
 def made_up(model: onnx.ModelProto) -> Feeds:
     """Calibration data for want of any."""
-    opened = open_model(model).model
-    shapes, axes = infer_shapes(opened), sample_axes(opened.graph)
-    draws = [example_feeds(opened.graph, shapes, seed=seed) for seed in range(DRAWS)]
+    opened = open_model(model)  # large weights lie in a file as long as it is there
+    graph, shapes = opened.model.graph, infer_shapes(opened.model)
+    draws, axes = [example_feeds(graph, shapes, seed=s) for s in range(DRAWS)], sample_axes(graph)
     return {
         name: np.concatenate([draw[name] for draw in draws], axes[name]) if name in axes else array
         for name, array in draws[0].items()
