@@ -39,7 +39,7 @@ def sequence(op: str, *shapes: tuple[int, ...], domain: str = MS, **attributes: 
 
     def build(net: Net) -> str:
         x = net.input("x", [BATCH, LENGTH, WIDTH])
-        operands = [net.floats(*shape) if shape else "" for shape in shapes]
+        operands = [net.floats(*shape) for shape in shapes]
         return net.op(op, x, *operands, domain=domain, **attributes)
 
     return build
@@ -49,7 +49,7 @@ def summed(op: str, *shapes: tuple[int, ...]) -> Build:
     """The normalisation, and the sum that it is of."""
 
     def build(net: Net) -> str:
-        operands = [net.floats(*shape) if shape else "" for shape in shapes]
+        operands = [net.floats(*shape) for shape in shapes]
         x = net.input("x", [BATCH, LENGTH, WIDTH])
         given = {"domain": MS, "outputs": 4, "epsilon": 1e-3}
         y, _, _, total = net.ops(op, x, *operands, **given)
