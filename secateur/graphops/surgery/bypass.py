@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from secateur.graphops.surgery.cut import drop_unread, unread
+from secateur.graphops.model.unread import drop_unread, unread
 
 
 def bypass(model: ir.Model, entries: Mapping[str, str]) -> ir.Model:

@@ -16,6 +16,7 @@ from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.constants import set_constant
 from secateur.graphops.model.graph import bodies, constant_of, constant_tensor, node_label, walk
 from secateur.graphops.model.opening import release
+from secateur.graphops.model.unread import drop_unread, unread
 from secateur.graphops.rules.registry import Rewrite
 from secateur.graphops.surgery.surgeon import Mask, Surgeon
 from secateur.plan import KeptTensor
@@ -197,35 +198,3 @@ def _equal(copy: ir.Value, original: ir.Value) -> bool:
     assert first is not None
     assert second is not None
     return first is second or first.tobytes() == second.tobytes()
-
-
-def unread(graph: ir.Graph) -> set[str]:
-    """Initializers, and first outputs of nodes, that nothing reads."""
-    nodes = {
-        str(node.outputs[0].name)
-        for node in graph
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs)
-    }
-    return nodes | {str(name) for name, value in graph.initializers.items() if not value.uses()}
-
-
-def drop_unread(graph: ir.Graph, before: set[str], *, listed: bool = False) -> None:
-    """Removes what lost its readers (branches, shape arithmetic); what was dead before stays.
-
-    Args:
-        graph: of the result.
-        before: names of what nothing read in the original.
-        listed: whether initializers go that the graph lists among its inputs (old IR).
-    """
-    for node in reversed(list(graph)):
-        dead = not any(output.uses() or output.is_graph_output() for output in node.outputs)
-        if dead and str(node.outputs[0].name) not in before:
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if value.uses() or value.is_graph_output() or name in before:
-            continue
-        if value.is_graph_input():
-            if not listed:
-                continue
-            graph.inputs.remove(value)
-        del graph.initializers[name]

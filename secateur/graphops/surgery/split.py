@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.moments import tensor_of
 from secateur.graphops.model.constants import add_initializer
+from secateur.graphops.model.unread import drop_unread, unread
 from secateur.graphops.rules.linear import Convolution, LinearMap
-from secateur.graphops.surgery.cut import drop_unread, unread
 
 # What a 1×1 convolution does to the grid; the first of the two does it.
 _GRID = ("auto_pad", "dilations", "pads", "strides")
