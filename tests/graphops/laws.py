@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 import secateur
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.normalise import unshare
+from secateur.graphops.model.normalise import normalise
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import infer_shapes
@@ -82,7 +82,7 @@ class Analysis:
 @functools.lru_cache(maxsize=4)
 def _analysis(source: bytes) -> Analysis:
     opened = open_model(source)
-    copies = unshare(opened.model)
+    copies = normalise(opened.model)
     coupling = couple(opened.model, infer_shapes(opened.model))
     return Analysis(opened.model, copies, coupling, opened.sha256)
 

@@ -30,7 +30,7 @@ class Observed:
     with more inputs than there are samples, moments alone would say that it loses nothing.
 
     Args:
-        model: unshared; read only.
+        model: normalised; read only.
         coupling: of that model.
         batches: feeds.
         seed: of the positions that are sampled.

@@ -44,7 +44,7 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
     Cost is linear in nodes and labels.
 
     Args:
-        model: unshared (see `model.normalise`).
+        model: normalised (see `model.normalise`).
         shapes: of its tensors.
         recipe: what it says of `ignore`, `grouped` and heads; the defaults when None.
 

@@ -26,7 +26,7 @@ class Context:
     """The model, its coupling and what the caller gave.
 
     Attributes:
-        model: unshared; read only.
+        model: normalised; read only.
         coupling: of that model.
         observed: what calibration data show of it, if there are any.
         seed: for criteria that draw.

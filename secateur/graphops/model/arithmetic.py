@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from secateur.graphops.model.attributes import integer, integers
+from secateur.graphops.model.attributes import integer, integers, text
 
 MAX_ELEMENTS = 4096
 
@@ -220,7 +220,7 @@ def _scatter_nd(node: ir.Node, inputs: Inputs) -> list[Array]:
     data, indices, updates = inputs
     assert data is not None
     assert indices is not None
-    if "reduction" in node.attributes:
+    if text(node, "reduction", "none") != "none":
         raise ValueError("a reduction")
     result = data.copy()
     result[tuple(np.moveaxis(indices, -1, 0))] = updates

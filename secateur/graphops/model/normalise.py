@@ -1,4 +1,4 @@
-"""Brings constants apart that an exporter merged, so that every layer owns what it slices.
+"""Brings a model into the form that the coupling reads: every layer owns what it slices.
 
 Exporters store equal initializers once: the zero biases of two unrelated layers, or the unit
 scales of two normalisations, become one tensor with two readers, directly or behind `Identity`
@@ -6,6 +6,9 @@ nodes. Sliced as it stands, one layer's cut would be forced on the other. Vector
 given to each reader as its own copy; where the readers are cut alike, surgery merges the copies
 back. Matrices with several readers (tied embeddings, Siamese branches) are tied on purpose and
 stay one tensor.
+
+A vector of weights that the model writes into before it reads it, as `bias[a:b] = 0` is exported,
+is a constant, and becomes one. Sequences of tensors come apart (see `sequences`).
 """
 
 from __future__ import annotations
@@ -15,16 +18,59 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from secateur.graphops.model import arithmetic, sequences
 from secateur.graphops.model.constants import add_initializer
+from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.names import free_name
+from secateur.graphops.model.unread import drop_unread, unread
+
+_RESOLVED = {*sequences.OPERATORS, "ScatterND"}
 
 
-def unshare(model: ir.Model) -> Mapping[str, str]:
-    """Gives each reader of a shared vector its own copy, in place.
+def normalise(model: ir.Model) -> Mapping[str, str]:
+    """Takes sequences and written vectors out, and gives each reader of a shared vector its own
+    copy, in place.
 
     Returns:
-        name of each new initializer → name of the constant it copies.
+        name of each copy → name of the constant it copies.
     """
+    graph = model.graph
+    if any(node.op_type in _RESOLVED for node in graph):
+        before = unread(graph)
+        sequences.spread(model)
+        _settle_written(graph)
+        drop_unread(graph, before)
+    return _unshare(model)
+
+
+def _settle_written(graph: ir.Graph) -> None:
+    """Puts constants in the place of vectors that constants are written into."""
+    known: dict[ir.Value | None, arithmetic.Array | None] = {None: None}
+    for node in list(graph):
+        for value in node.inputs:
+            tensor = None if value in known else constant_of(value)
+            if value is None or tensor is None or value.is_graph_input():
+                continue
+            if tensor.size <= arithmetic.MAX_ELEMENTS:
+                known[value] = tensor.numpy()
+        if not node.inputs or any(value not in known for value in node.inputs):
+            continue
+        computed = arithmetic.evaluate(node, [known[value] for value in node.inputs])
+        known.update(zip(node.outputs, computed or (), strict=False))
+        if computed and node.op_type == "ScatterND" and computed[0].dtype.kind == "f":
+            _settle(graph, node, computed[0])
+
+
+def _settle(graph: ir.Graph, node: ir.Node, content: arithmetic.Array) -> None:
+    written = node.outputs[0]
+    if content.ndim != 1 or written.is_graph_output():
+        return
+    name, written.name = str(written.name), None  # the constant takes over the name
+    written.replace_all_uses_with(add_initializer(graph, ir.tensor(content, name=name)))
+    graph.remove(node, safe=True)
+
+
+def _unshare(model: ir.Model) -> Mapping[str, str]:
     graph = model.graph
     copies: dict[str, str] = {}
     before = len(graph.initializers)

@@ -13,7 +13,7 @@ from secateur.graphops.calibration import Feeds, Samples
 from secateur.graphops.calibration.data import batch_axes
 from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.normalise import unshare
+from secateur.graphops.model.normalise import normalise
 from secateur.graphops.model.opening import ModelSource, OpenedModel
 from secateur.graphops.model.shapes import Shapes, infer_shapes
 from secateur.graphops.model.writing import serialise
@@ -50,10 +50,10 @@ class Analysed:
 
 
 def analyse(opened: OpenedModel, samples: Samples | None, recipe: Recipe) -> Analysed:
-    """Shapes, coupling and costs. Weights that several nodes read come apart in the model."""
+    """Shapes, coupling and costs; the model is normalised first, in place."""
     params = cost.count_params(opened.model)
     nonzero = None if recipe.sparsity is None else cost.count_nonzero(opened.model)
-    copies = dict(unshare(opened.model))
+    copies = dict(normalise(opened.model))
     coupling = couple(opened.model, shapes_of(opened, samples), recipe)
     macs = cost.macs(coupling).of(np.ones(coupling.count + 1, np.bool_))
     return Analysed(opened, copies, coupling, params, macs, nonzero)

@@ -43,7 +43,7 @@ def choose(
         coupling: of the model.
         scores: per unit number, entry 0 unused; low goes first.
         recipe: targets, scope, granularity and rounding.
-        params_before: of the original, copies that unsharing made not counted.
+        params_before: of the original, copies that normalising made not counted.
         curves: measured drift by index of the group, for measured scope.
         given: what targets count that the coupling does not know: the `size` of the file, its
             `latency` and `memory`, and `macs` where regions of the original have gone.

@@ -133,9 +133,9 @@ def splittable(
     """MatMul, Gemm and 1×1 Conv whose weight is theirs alone, in graph order.
 
     Args:
-        model: unshared.
+        model: normalised.
         coupling: of that model.
-        copies: that unsharing made: what several nodes share is not split.
+        copies: that normalising made: what several nodes share is not split.
         ignore: globs over nodes and initializers that stay.
     """
     shared = {*copies, *copies.values()}
@@ -245,7 +245,7 @@ def path(
     """Ranks that save no, a quarter, half, three quarters and all of what is to be saved.
 
     Args:
-        model: unshared.
+        model: normalised.
         coupling: of that model.
         offered: its candidates.
         missing: what is to be saved, by target (`macs`, `params`).

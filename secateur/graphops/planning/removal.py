@@ -79,9 +79,9 @@ class Offer:
         """Finds them.
 
         Args:
-            graph: of the model, unshared.
+            graph: of the model, normalised.
             coupling: of that model.
-            copies: that unsharing made.
+            copies: that normalising made.
             params: of the original.
             ignore: globs over nodes and initializers that stay.
         """

@@ -25,7 +25,7 @@ def units_kept(
     Args:
         plan: to replay.
         coupling: of the model it is replayed on.
-        copies: name of each copy that unsharing made → name of its source.
+        copies: name of each copy that normalising made → name of its source.
         sha256: of that model.
 
     Raises:

@@ -56,7 +56,7 @@ def measure(
         observed: the original.
         scores: per unit; low goes first.
         groups: indices of those to try, the ones that matter most for the budget first.
-        copies: that unsharing made.
+        copies: that normalising made.
         macs: of the original, for one sample: costly models are tried on fewer samples.
         tell: told the share that is done.
     """

@@ -14,7 +14,7 @@ class Costs:
 
     Args:
         graph: of the model.
-        copies: name of each copy that unsharing made → name of its source.
+        copies: name of each copy that normalising made → name of its source.
     """
 
     def __init__(self, graph: FlowGraph, copies: Mapping[str, str]) -> None:

@@ -54,7 +54,7 @@ def find(
     """The streams of a model, by group.
 
     Args:
-        model: unshared; read only.
+        model: normalised; read only.
         coupling: of that model.
         joined: pairs of tensors of which one may come to be read in the other's place.
     """

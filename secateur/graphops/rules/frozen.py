@@ -19,7 +19,8 @@ explain(
 explain(
     "ConcatFromSequence SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert "
     "SequenceLength SequenceMap SplitToSequence",
-    "it makes or reads a sequence of tensors, whose shapes need not agree",
+    "it makes or reads a sequence of tensors, and which of them is read follows the data (where it "
+    "does not, the sequence is taken apart)",
 )
 explain(
     "Optional OptionalGetElement OptionalHasElement",

@@ -32,10 +32,10 @@ def cut(
     """A new model without the units that go; the one given is not touched.
 
     Args:
-        model: unshared.
+        model: normalised.
         coupling: of that model.
         keep: per unit number whether it stays.
-        copies: name of each copy that unsharing made → name of its source.
+        copies: name of each copy that normalising made → name of its source.
 
     Returns:
         the new model, and what was kept of each changed constant.

@@ -105,7 +105,7 @@ def find(model: ir.Model, shapes: Shapes, ids: Sequence[int], ignore: Sequence[s
     """Finds what has an entry per token.
 
     Args:
-        model: unshared.
+        model: normalised.
         shapes: of that model.
         ids: of the tokens that are kept.
         ignore: globs over nodes and initializers; tables that match are no vocabulary.

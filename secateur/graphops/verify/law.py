@@ -27,7 +27,7 @@ from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.facts import Contraction
 from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.constants import add_initializer
-from secateur.graphops.model.normalise import unshare
+from secateur.graphops.model.normalise import normalise
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import Session, open_session
@@ -79,7 +79,7 @@ def check_law(source: ModelSource, result: Result) -> LawCheck:
         result: of pruning it without repair.
     """
     opened = open_model(source)
-    copies = unshare(opened.model)
+    copies = normalise(opened.model)
     removed = {one.exit: one.entry for one in result.plan.removed}
     model = bypass(opened.model, removed) if removed else opened.model
     shapes = infer_shapes(model)
