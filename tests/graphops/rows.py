@@ -1055,6 +1055,20 @@ def _(net: Net) -> str:
     return net.op("Concat", image_end(net, top), image_end(net, bottom), axis=2)
 
 
+def _rows_of_data(net: Net, x: str) -> list[str]:
+    """Two parts of an image, whose heights the data decide as far as a graph tells."""
+    nothing = net.op("Mul", net.op("ReduceMax", x, keepdims=0), net.const(np.float32(0)))
+    sizes = net.op("Add", net.ints(2, 4), net.op("Cast", nothing, to=INT64))
+    return net.ops("Split", x, sizes, outputs=2, axis=2, name=SUBJECT)
+
+
+@row("Split", "space, by sizes that the data decide")
+def _(net: Net) -> str:
+    top, bottom = _rows_of_data(net, image(net))
+    ends = [net.op("ReduceMax", image_end(net, part), axes=[2]) for part in (top, bottom)]
+    return net.op("Concat", *ends, axis=2)
+
+
 @row("Split", "query, key and value in one matrix")
 def _(net: Net) -> str:
     fused = sequence(net, 24)
@@ -1086,6 +1100,15 @@ def _(net: Net) -> str:
 def _(net: Net) -> str:
     x = image(net)
     return image_end(net, net.op("Concat", x, net.op("Relu", image(net)), axis=2, name=SUBJECT))
+
+
+@row("Concat", "space, of sizes that the data decide")
+def _(net: Net) -> str:
+    parts = _rows_of_data(net, image(net))
+    net.nodes[-1].name = "split"
+    return image_end(
+        net, net.op("Concat", *[net.op("Relu", part) for part in parts], axis=2, name=SUBJECT)
+    )
 
 
 @row("Concat", "with the input")

@@ -15,7 +15,7 @@ from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
 from secateur.graphops.calibration.respelling import respell, shape_of
 from secateur.graphops.model.graph import opset_of
 from secateur.graphops.model.rounding import leave_rounding_out
-from secateur.graphops.model.runtime import open_session
+from secateur.graphops.model.runtime import first_line, open_session
 from secateur.graphops.model.shapes import infer_shapes
 
 PREFIX = "adj_"  # onnx-ad's
@@ -143,7 +143,7 @@ def _runs() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise NoDerivative(str(error)) from error
+        raise NoDerivative(first_line(error.__cause__ or error)) from error
 
 
 class Jacobian:

@@ -157,10 +157,7 @@ class Piece:
         found: dict[str, Any] = {name: values[name] for name in self._given}
         if self._session is not None:
             feeds = {name: values[name] for name in self._inputs}
-            try:
-                results = self._session.run(self._computed, feeds)
-            except Exception as error:
-                raise does_not_run(error, feeds) from None
+            results = self._session.run(self._computed, feeds)
             found.update(zip(self._computed, results, strict=True))
         return found
 

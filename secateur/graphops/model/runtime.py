@@ -26,15 +26,15 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
     """A session that gives a run up after `RUN_SECONDS`, and answers maps as arrays."""
 
     def run(self, output_names: Any, input_feed: Any, run_options: Any = None) -> Any:
-        """As that of ONNX Runtime. Raises TimeoutError besides what that does."""
+        """As that of ONNX Runtime. Raises Refused: `MODEL_DOES_NOT_RUN` with its message."""
         options = run_options or ort.RunOptions()
         with _WATCH.over(options):
             try:
                 return [maps.as_array(o) for o in super().run(output_names, input_feed, options)]
-            except Exception as error:
-                if options.terminate:
-                    raise TimeoutError(f"a run took more than {RUN_SECONDS:g} s") from error
-                raise
+            except Exception as caught:
+                late = TimeoutError(f"a run took more than {RUN_SECONDS:g} s")
+                error = late if options.terminate else caught
+                raise does_not_run(error, input_feed) from error
 
 
 class _Watch:
@@ -127,6 +127,6 @@ def does_not_run(error: Exception, feeds: Mapping[str, npt.NDArray[Any]]) -> Ref
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What ONNX Runtime says first; the rest is where in its sources."""
     return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

@@ -54,6 +54,7 @@ _IMAGES = (  # height, width; a line of text is 32 or 48 high
 )
 _AUDIO = ((16000, 12800), (4096, 3072), (512, 640))
 _BATCHES = (2, 3)
+_ONE = (1, 1)  # the batch of a model that says its batch is free, and takes no other
 # How many positions NonZero is taken to find: a size that follows the data, and no input's size.
 _FOUND = (61, 47)
 _MOVES = ("Cast", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze")  # of sizes, as they are
@@ -94,6 +95,12 @@ class Shapes:
             return False
         return first[axis] is not None and first[axis] == second[axis]
 
+    def axes_by_data(self, name: str) -> tuple[int, ...]:
+        """Axes whose sizes the data decide: those of the inputs do not tell them."""
+        first, second = self.first.get(name, ()), self.second.get(name, ())
+        pairs = enumerate(zip(first, second, strict=False))
+        return tuple(axis for axis, sizes in pairs if None in sizes or sizes == _FOUND)
+
     def is_fixed_value(self, name: str) -> bool:
         """Whether a value is known, and the model's own, whatever the input sizes."""
         fixed = self.fixed_entries(name)
@@ -132,12 +139,17 @@ def infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None = 
 def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) -> Shapes:
     skeleton = _Skeleton(model)
     candidates = max(len(_SEQUENCES), len(_IMAGES), len(_AUDIO))
-    attempts = [(attempt, (None, None)) for attempt in range(candidates)]
-    counted = [(attempt, _FOUND) for attempt in range(candidates - 1) if skeleton.finds]
-    for attempt, found in [*counted, *attempts]:
+    nothing = (None, None)
+    attempts = [
+        *((attempt, _FOUND, _BATCHES) for attempt in range(candidates - 1) if skeleton.finds),
+        *((attempt, nothing, _BATCHES) for attempt in range(candidates - 1)),
+        *((attempt, nothing, _ONE) for attempt in range(candidates - 1)),
+        (candidates - 1, nothing, _BATCHES),
+    ]
+    for attempt, found, batch in attempts:
         last = attempt == candidates - 1
         kinds = (None,) if last else (0, 1, None)
-        ways = [_bindings(model.graph, attempt, given, last, apart) for apart in kinds]
+        ways = [_bindings(model.graph, attempt, batch, given, last, apart) for apart in kinds]
         try:
             first = skeleton.infer(ways[0][0], found[0], strict=not last)
         except _InvalidBinding:
@@ -166,6 +178,7 @@ def _infer_shapes(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) 
 def _bindings(
     graph: ir.Graph,
     attempt: int,
+    batch: tuple[int, int],
     given: Mapping[str, tuple[int, ...]] | None,
     alone: bool,
     apart: int | None,
@@ -175,6 +188,7 @@ def _bindings(
     Args:
         graph: of the model.
         attempt: at sizes that the model takes.
+        batch: sizes of the first axis.
         given: see `infer_shapes`.
         alone: whether the model takes no other sizes than those given.
         apart: from which axis of each input on other names mean other second sizes: 0, 1 (all
@@ -196,7 +210,7 @@ def _bindings(
             if key in named:
                 pairs.append(named[key])
                 continue
-            pair = _candidate(value, len(dims), axis, attempt)
+            pair = batch if axis == 0 else _candidate(value, len(dims), axis, attempt)
             if observed is not None and len(observed) == len(dims) and axis > 0:
                 # What the data shows fits. Another size tells what follows it from what is the
                 # model's own, unless the model takes no other (`alone`).
@@ -228,8 +242,6 @@ def _told_apart(pair: tuple[int, int], others: Sequence[tuple[int, int]]) -> tup
 
 
 def _candidate(value: ir.Value, rank: int, axis: int, attempt: int) -> tuple[int, int]:
-    if axis == 0:
-        return _BATCHES
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
     if rank >= 4 and not integer:
         height, width = _IMAGES[min(attempt, len(_IMAGES) - 1)]
@@ -472,6 +484,8 @@ class _Skeleton:
             self._infer_node(step, facts)
         if facts.measured and step.op_type in ("Concat", "Reshape", "Expand"):
             _follow_measured(step, facts)
+        elif step.op_type == "Split":
+            _split_by_data(step, facts)
 
     def _visit_body(self, node: ir.Node, body: ir.Graph, facts: _Facts, live: bool) -> None:
         """Shapes inside a branch or a loop's body, and from there the node's own outputs.
@@ -732,6 +746,18 @@ def _sizes(step: _Step, facts: _Facts) -> list[Array] | None:
     return None
 
 
+def _split_by_data(step: _Step, facts: _Facts) -> None:
+    """Of parts whose sizes the data decide, onnx says nothing; along other axes they are known."""
+    shape, elements = facts.shapes.get(step.inputs[0]), facts.elements.get(step.inputs[0])
+    if not shape or elements is None:
+        return
+    axis = integer(step.node, "axis", 0) % len(shape)
+    for name in step.outputs:
+        if name and facts.shapes.get(name) is None:
+            facts.shapes[name] = (*shape[:axis], None, *shape[axis + 1 :])
+            facts.elements[name] = elements
+
+
 def _follow_measured(step: _Step, facts: _Facts) -> None:
     """What a Concat makes of sizes known in part, and the shapes that they give."""
     if step.op_type == "Concat":
@@ -829,8 +855,24 @@ def _check_concat(
         raise _InvalidBinding
 
 
+def _check_reshape(
+    step: _Step, shapes: Mapping[str, Shape | None], values: Mapping[str, Array]
+) -> None:
+    """A Reshape makes neither more elements nor fewer."""
+    shape, sizes = shapes.get(step.inputs[0]), values.get(step.inputs[-1])
+    if shape is None or None in shape or sizes is None or integer(step.node, "allowzero", 0):
+        return
+    told = [
+        shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(sizes)
+    ]
+    given, wanted = math.prod(shape), math.prod(told)  # type: ignore[arg-type]
+    if (wanted > 0 and given != wanted) or (wanted < 0 and given % wanted):
+        raise _InvalidBinding
+
+
 # Operator → what contradicts the sizes chosen for symbolic axes.
 _CHECKS = {
+    "Reshape": _check_reshape,
     "Gather": _check_indices,
     "Concat": _check_concat,
     **dict.fromkeys(

@@ -45,7 +45,7 @@ from secateur.graphops.sparsity.storage import store_sparse
 from secateur.graphops.surgery import vocabulary
 from secateur.graphops.surgery.vocabulary import Vocabulary
 from secateur.graphops.verify.accuracy import Scored
-from secateur.graphops.verify.verify import run_original
+from secateur.graphops.verify.verify import Axes, run_original
 from secateur.plan import Plan
 from secateur.recipe import Recipe
 from secateur.report import Cost, Report, Stage
@@ -88,6 +88,7 @@ class Pruned:
         warnings: for the report.
         feeds: to run both models by.
         perhaps: of other sizes, to run both by if the original takes them.
+        by_data: axes of outputs whose sizes the data decide.
         held_back: whether no fit has seen the feeds.
         sample: one sample of them.
         scored: the original's accuracy.
@@ -105,6 +106,7 @@ class Pruned:
     warnings: tuple[str, ...]
     feeds: Sequence[Feeds]
     perhaps: Feeds | None
+    by_data: Axes
     held_back: bool
     sample: Feeds
     scored: Scored | None
@@ -207,6 +209,10 @@ def prune_unverified(
         ),
         feeds=feeds,
         perhaps=other_sizes(analysed) if known is None else None,
+        by_data={
+            str(value.name): analysed.coupling.shapes.axes_by_data(str(value.name))
+            for value in analysed.graph.outputs
+        },
         held_back=samples is not None and samples.held_back,
         sample=one_sample(analysed, feeds[0]),
         scored=scored,

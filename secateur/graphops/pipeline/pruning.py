@@ -75,7 +75,9 @@ def prune(
     _collect(before.bytes)
     with clock.stage(Stage.VERIFY, "running original and result in ONNX Runtime"):
         feeds = done.feeds if done.known is None else [done.known.old(f) for f in done.feeds]
-        samples = checks.run_original(done.source, feeds, calibration is not None, done.perhaps)
+        samples = checks.run_original(
+            done.source, feeds, calibration is not None, done.perhaps, done.by_data
+        )
         if done.known is not None:
             samples = checks.without_tokens(samples, done.known)
         verification, stages = _verify(done, samples, recipe)

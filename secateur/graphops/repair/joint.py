@@ -39,6 +39,7 @@ from secateur.graphops.planning import cost
 from secateur.graphops.repair.blocks import Block, blocks
 from secateur.graphops.repair.descent import Descending
 from secateur.graphops.repair.repair import EXACT, Mask, kept_positions, repairable, stands
+from secateur.graphops.repair.target import Repairable
 from secateur.report import RepairStep
 
 _WORK = 4e11  # multiply-accumulates of all steps: up to a minute on two cores
@@ -72,8 +73,9 @@ def refit_together(
         return ()
     before, after = Network(observed.model, observed.batches), Network(pruned, observed.batches)
     made = {str(value.name) for node in observed.model.graph for value in node.outputs}
-    found = blocks(pruned, repairable(pruned, observed.coupling.shapes))
-    found = [block for block in found if block.end in made]
+    found = [
+        block for block in blocks(pruned, _of_known_sizes(pruned, observed)) if block.end in made
+    ]
     places = stands(observed.model, [block.end for block in found])
     taken = []
     for place, (block, beyond) in enumerate(zip(found, places, strict=True)):
@@ -105,6 +107,17 @@ def refit_together(
             )
         tell((place + 1) / len(found))
     return tuple(taken)
+
+
+def _of_known_sizes(pruned: ir.Model, observed: Observed) -> list[Repairable]:
+    """Layers whose results are as large for one sample as for another: a gate of the same size is
+    put behind each."""
+    shapes = observed.coupling.shapes
+    return [
+        one
+        for one in repairable(pruned, shapes)
+        if not shapes.axes_by_data(str(one.node.outputs[0].name))
+    ]
 
 
 class _Aims:

@@ -164,8 +164,13 @@ def couple_split(flow: Flow, node: ir.Node) -> None:
     axis = integer(node, "axis", 0) % (size or 1)
     bounds = np.cumsum([(flow.shape(output) or {axis: None})[axis] or 0 for output in node.outputs])
     total = (flow.shape(value) or {axis: None})[axis]
+    if size is None:
+        flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
+        return
     if not total or bounds[-1] != total:
-        flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the sizes are not known")
+        flow.freeze_axis(value, axis, node, "UNKNOWN_SHAPE", "the sizes are not known")
+        for output in node.outputs:
+            flow.set(output, tuple(b for b in flow.blocks(value) if axis not in b.axes))
         return
     if not all(flow.shapes.is_fixed(str(output.name), axis) for output in node.outputs):
         flow.freeze_axis(value, axis, node, "INDEXED", "the ranges follow the inputs' sizes")
@@ -229,9 +234,11 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     if _puts_beside(flow, node, axis):
         flow.put_beside(node, axis)
     sizes = [(flow.shape(value) or {axis: None})[axis] for value in values]
+    letters = [None if other == axis else other for other in range(len(shape))]
     if None in sizes:
         for value in values:
-            flow.freeze_value(value, node, "UNKNOWN_SHAPE", "a size is not known")
+            flow.freeze_axis(value, axis, node, "UNKNOWN_SHAPE", "a size is not known")
+        flow.set(node.outputs[0], _meet_without(flow, node, indices, letters, axis))
         return
     parts: list[Labels] = []
     for value, size in zip(values, sizes, strict=True):
@@ -240,7 +247,6 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
                 value, axis, node, "UNSUPPORTED_FORM", "one of its joint axes is joined"
             )
         parts.append(flow.line(value, axis, size or 0))
-    letters = [None if other == axis else other for other in range(len(shape))]
     joined = np.concatenate(parts)
     others = _meet_without(flow, node, indices, letters, axis)
     flow.set(node.outputs[0], others + single(axis, joined))

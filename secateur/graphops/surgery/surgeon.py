@@ -222,7 +222,8 @@ class Surgeon:
         rank = len(self.shape(output))
         places = list(axes) if axes is not None else list(range(rank - given.size, rank))
         fixed = self._coupling.shapes.fixed_entries(str(node.inputs[index].name))  # type: ignore[union-attr]
-        assert fixed is not None
+        if fixed is None:  # the model takes no other sizes
+            fixed = np.ones(given.shape, np.bool_)
         entries = [int(entry) for entry in given]
         written: dict[int, int] = {}
         scaled: dict[int, Fraction] = {}

@@ -162,9 +162,9 @@ def _score(model: bytes | str, labelled: Labelled) -> dict[str, Hits]:
     for feeds, labels in labelled.batches():
         try:
             session = session or open_session(model)
-            found = session.run(list(labels), feeds)
         except Exception as error:
             raise does_not_run(error, feeds) from None
+        found = session.run(list(labels), feeds)
         for (name, wanted), output in zip(labels.items(), found, strict=True):
             hits[name].add(name, np.asarray(output), wanted)
     return dict(hits)

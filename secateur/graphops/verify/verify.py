@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from secateur.report import Drift, Verification
 
 Outputs = list[npt.NDArray[Any]]
 Shapes = list[tuple[int, ...] | None]
+Axes = Mapping[str, Collection[int]]  # by output
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Answered:
         from_calibration: whether the feeds are calibration samples.
         elsewhere: feeds of other sizes, and the shapes of the original's answers, None for those
             that are no floats; None where it takes no other sizes.
+        by_data: axes of outputs whose sizes the data decide, not the sizes of the inputs: how many
+            boxes are found, how long speech becomes. Another model's answers may differ there.
     """
 
     feeds: tuple[Feeds, ...]
@@ -42,6 +45,7 @@ class Answered:
     signature: Signature
     from_calibration: bool
     elsewhere: tuple[Feeds, Shapes] | None = None
+    by_data: Axes = field(default_factory=dict)
 
 
 def run_original(
@@ -49,36 +53,48 @@ def run_original(
     feeds: Sequence[Feeds],
     from_calibration: bool,
     perhaps: Feeds | None = None,
+    by_data: Axes | None = None,
 ) -> Answered:
     """Runs the original, the ground that the result is compared with.
 
     Args:
         model: the original.
-        feeds: what it must take.
+        feeds: what it must take all of, if they are calibration samples; else one at least: the
+            others are then left out.
         from_calibration: whether they are calibration samples.
         perhaps: feeds of other sizes, which it may refuse; then they are left out.
+        by_data: see `Answered`.
 
     Raises:
         Refused: `MODEL_DOES_NOT_RUN` with ONNX Runtime's message.
     """
-    feeds, outputs, tried = list(feeds), [], feeds[0] if feeds else {}
     try:
         session = open_session(model, lean=True)
-        for tried in feeds:
-            outputs.append(session.run(None, tried))
     except Exception as error:
-        raise does_not_run(error, tried) from None
+        raise does_not_run(error, feeds[0] if feeds else {}) from None
+    taken: list[Feeds] = []
+    outputs: list[Outputs] = []
+    refusals: list[Refused] = []
+    for feed in feeds:
+        try:
+            outputs.append(session.run(None, feed))
+            taken.append(feed)
+        except Refused as refused:
+            refusals.append(refused)
+    if refusals and (from_calibration or not taken):
+        raise refusals[0]
     elsewhere: tuple[Feeds, Shapes] | None = None
     if perhaps is not None:
-        with contextlib.suppress(Exception):  # of many kinds; whoever gave them did not know
+        with contextlib.suppress(Refused):  # whoever gave them did not know
             elsewhere = perhaps, _shapes(session.run(None, perhaps))
     return Answered(
-        feeds=tuple(feeds),
+        feeds=tuple(taken),
         outputs=tuple(outputs),
         names=tuple(output.name for output in session.get_outputs()),
         signature=signature(session),
         from_calibration=from_calibration,
         elsewhere=elsewhere,
+        by_data=by_data or {},
     )
 
 
@@ -124,18 +140,19 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         raise _failed(
             "the pruned model has other inputs or outputs", samples.signature, found_signature
         )
-    meters = [_Meter(name) for name in samples.names]
+    loose = [samples.by_data.get(name, ()) for name in samples.names]
+    meters = [_Meter(name, axes) for name, axes in zip(samples.names, loose, strict=True)]
     batches: list[int] = []
     for feed, wanted in zip(samples.feeds, samples.outputs, strict=True):
         try:
             found = session.run(None, feed)
-        except Exception as error:
-            raise _failed(f"the pruned model does not run: {first_line(error)}") from None
+        except Refused as refused:
+            raise _failed(f"the pruned model does not run: {_said(refused)}") from None
         batches.append(sample_count(feed))
         for meter, reference, result in zip(meters, wanted, found, strict=True):
             meter.add(reference, result)
     if samples.elsewhere is not None:
-        _check_elsewhere(session, *samples.elsewhere)
+        _check_elsewhere(session, *samples.elsewhere, loose)
     return Verification(
         samples=sum(batches),
         from_calibration=samples.from_calibration,
@@ -153,16 +170,30 @@ def _is_float(output: Any) -> bool:
     return isinstance(output, np.ndarray) and output.dtype.kind in "fV"
 
 
-def _check_elsewhere(session: ort.InferenceSession, feed: Feeds, wanted: Shapes) -> None:
+def _said(refused: Refused) -> str:
+    """What ONNX Runtime said when it did not run a model."""
+    return first_line(refused.__cause__ or refused)
+
+
+def _agree(found: tuple[int, ...], wanted: tuple[int, ...], loose: Collection[int]) -> bool:
+    """Whether two shapes are equal but for some axes."""
+    pairs = enumerate(zip(found, wanted, strict=False))
+    return len(found) == len(wanted) and all(a == b or axis in loose for axis, (a, b) in pairs)
+
+
+def _check_elsewhere(
+    session: ort.InferenceSession, feed: Feeds, wanted: Shapes, loose: Sequence[Collection[int]]
+) -> None:
     """What the numbers are does not matter: nobody says that the model is for them."""
     sizes = {name: list(np.shape(array)) for name, array in feed.items()}
     try:
         found = _shapes(session.run(None, feed))
-    except Exception as error:
+    except Refused as refused:
         raise _failed(
-            f"the pruned model does not run with inputs {sizes}: {first_line(error)}"
+            f"the pruned model does not run with inputs {sizes}: {_said(refused)}"
         ) from None
-    if found != wanted:
+    pairs = zip(found, wanted, loose, strict=True)
+    if any(a != b and (a is None or b is None or not _agree(a, b, axes)) for a, b, axes in pairs):
         raise _failed(f"outputs have other shapes with inputs {sizes}", wanted, found)
 
 
@@ -188,10 +219,14 @@ def _same_face(found: Signature, wanted: Signature) -> bool:
 
 
 class _Meter:
-    """Drift of one output, summed over input sets."""
+    """Drift of one output, summed over input sets.
 
-    def __init__(self, name: str) -> None:
+    Along axes whose sizes the data decide, over the positions that both answers have.
+    """
+
+    def __init__(self, name: str, loose: Collection[int] = ()) -> None:
         self.name = name
+        self._loose = loose
         self.used = False
         self._error = self._reference = self._result = self._dot = 0.0
         self._agree = self._rows = 0
@@ -201,8 +236,10 @@ class _Meter:
         if not _is_float(reference):
             return
         a, b = reference.astype(np.float64), result.astype(np.float64)
-        if a.shape != b.shape:
+        if not _agree(b.shape, a.shape, self._loose):
             raise _failed(f"output {self.name!r} has another shape", a.shape, b.shape)
+        both = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape, strict=True))
+        a, b = a[both], b[both]
         if not np.isfinite(b[np.isfinite(a)]).all():
             raise _failed(
                 f"output {self.name!r} is not finite", "finite numbers", "NaN or infinity"
