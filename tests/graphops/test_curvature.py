@@ -9,8 +9,8 @@ from laws import prune
 from nets import Net
 from onnx import helper
 
-from secateur.graphops.calibration import curvature
-from secateur.graphops.calibration.derivatives import freeze, reverse
+from secateur.graphops.calibration import curvature, derivatives
+from secateur.graphops.calibration.derivatives import freeze, opened, reverse
 from secateur.graphops.model.opening import open_model
 from secateur.graphops.model.runtime import open_session
 
@@ -119,11 +119,43 @@ def test_without_derivatives_all_that_a_layer_puts_out_counts_alike() -> None:
     assert "derivatives are zero" in told
 
 
-def test_too_large_a_model_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curvature, "LARGEST", 10)
+def weights_among_inputs(monkeypatch: pytest.MonkeyPatch, *, heavy: int = 1) -> None:
+    """Has models taken for large."""
+    monkeypatch.setattr(derivatives, "LARGE", 10)
+    monkeypatch.setattr(derivatives, "_HEAVY", heavy)
+
+
+@pytest.mark.parametrize("opset", [12, 17])
+def test_of_a_large_model_it_is_the_same(monkeypatch: pytest.MonkeyPatch, opset: int) -> None:
+    net = Net(opset)
+    z = net.conv(net.input("x", ["N", 3, 4, 4]), 3, 5, 3)
+    net.output(net.op("MaxPool", net.conv(net.op("Relu", z), 5, 4), kernel_shape=[2, 2]))
+    model, batches = open_model(net.bytes()).model, [samples(3, 3, 4, 4)]
+    small = curvature.measure(model, {z: 1}, batches, 0)
+    weights_among_inputs(monkeypatch)
+    assert not opened(model)[0].graph.initializer
+    large = curvature.measure(model, {z: 1}, batches, 0)
+    assert not large.missing
+    assert np.allclose(large.of[z], small.of[z], rtol=1e-5)
+    assert not opened(open_model(net.bytes()).model)[0].graph.initializer, "the model was changed"
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "reconstruction"])
+def test_units_of_a_large_model(monkeypatch: pytest.MonkeyPatch, criterion: str) -> None:
+    recipe = {"target": {"channels": 0.5}, "criterion": criterion}
+    data = samples(64, 4)
+    small = prune(weighed(1.0), calibration=data, **recipe)
+    weights_among_inputs(monkeypatch)
+    large = prune(weighed(1.0), calibration=data, **recipe)
+    assert large.plan.kept == small.plan.kept
+    assert not any("alike" in warning for warning in large.report.warnings)
+
+
+def test_a_large_model_without_floats_is_not_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights_among_inputs(monkeypatch, heavy=1 << 20)
     result = prune(weighed(1.0), target={"channels": 0.5}, calibration=samples(64, 4))
     (told,) = (warning for warning in result.report.warnings if "alike" in warning)
-    assert "bytes of weights, 10 at most" in told
+    assert "bytes of weights that are no floats, 10 at most" in told
 
 
 @pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])

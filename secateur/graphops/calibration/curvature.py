@@ -19,12 +19,14 @@ import onnx
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, sample_count
-from secateur.graphops.calibration.derivatives import Jacobian, NoDerivative, add_shift
-from secateur.graphops.model.graph import constants
-from secateur.graphops.model.opening import self_contained
+from secateur.graphops.calibration.derivatives import (
+    Jacobian,
+    NoDerivative,
+    add_shift,
+    opened,
+)
 from secateur.graphops.model.runtime import open_session
 
-LARGEST = 256 << 20  # bytes of weights, of which the graph of derivatives holds copies
 _SHIFT = "secateur_shift_"
 
 
@@ -63,13 +65,11 @@ def measure(
 def _curvature(
     model: ir.Model, axes: Mapping[str, int], batches: Sequence[Feeds], seed: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    weights = sum(tensor.nbytes for tensor in constants(model.graph).values())
-    if weights > LARGEST:
-        raise NoDerivative(f"{weights} bytes of weights, {LARGEST} at most")
-    proto = ir.to_proto(self_contained(model.clone()))
+    proto, weights = opened(model)
     names = [str(name) for node in proto.graph.node for name in node.output if name in axes]
-    gates = _insert_shifts(proto, _values(proto, names, batches[0]))
-    jacobian = Jacobian(proto, gates, batches)
+    fed = [{**weights, **batch} for batch in batches]
+    gates = _insert_shifts(proto, _values(proto, names, fed[0]))
+    jacobian = Jacobian(proto, gates, fed)
     samples = sum(map(sample_count, batches))
     found = {name: np.zeros(gates[f"{_SHIFT}{name}"].shape[axes[name]]) for name in names}
     for slopes in jacobian.draws(seed):
@@ -86,11 +86,11 @@ def _curvature(
 
 def _values(proto: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, Array]:
     """Tensors on one batch."""
-    opened = onnx.ModelProto()
-    opened.CopyFrom(proto)
-    del opened.graph.output[:]
-    opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    found = open_session(opened.SerializeToString(), lean=True).run(None, feeds)
+    inner = onnx.ModelProto()
+    inner.CopyFrom(proto)
+    del inner.graph.output[:]
+    inner.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    found = open_session(inner.SerializeToString(), lean=True).run(None, feeds)
     return dict(zip(names, found, strict=True))
 
 

@@ -13,13 +13,16 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
 from secateur.graphops.calibration.respelling import respell, shape_of
-from secateur.graphops.model.graph import opset_of
+from secateur.graphops.model.graph import constants, opset_of
+from secateur.graphops.model.opening import self_contained
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import first_line, open_session
 from secateur.graphops.model.shapes import infer_shapes
 
 PREFIX = "adj_"  # onnx-ad's
 _OPSET = 16  # the first in which ScatterND adds: the derivative of what is taken several times
+LARGE = 256 << 20  # bytes of a model's weights
+_HEAVY = 1 << 20  # bytes of one
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
 
 # From the number of a sample, s: arrays like the outputs that are derived.
@@ -28,6 +31,43 @@ Direction = Callable[[int], list[Array]]
 
 class NoDerivative(Exception):
     """Some operator has none, or shapes cannot be known; the message says which."""
+
+
+def opened(model: ir.Model) -> tuple[onnx.ModelProto, Feeds]:
+    """A model to take derivatives of, and what those of its inputs take that are its weights.
+
+    Graphs of derivatives hold copies of all initializers: the weights of a large model are inputs
+    instead, which ONNX Runtime reads where they are.
+
+    Args:
+        model: read only.
+
+    Raises:
+        NoDerivative: it is large, and its weights are no floats.
+    """
+    clone, weights = model.clone(), Feeds()
+    if is_large(model):
+        for name, value in list(clone.graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None or int(tensor.dtype) not in _FLOATS or tensor.nbytes < _HEAVY:
+                continue
+            weights[name] = tensor.numpy()
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
+            del clone.graph.initializers[name]
+            if not value.is_graph_input():
+                clone.graph.inputs.append(value)
+        if (left := _bytes(clone)) > LARGE:
+            raise NoDerivative(f"{left} bytes of weights that are no floats, {LARGE} at most")
+    return ir.to_proto(self_contained(clone)), weights
+
+
+def is_large(model: ir.Model) -> bool:
+    """Whether copies of its weights count, and so does a run."""
+    return _bytes(model) > LARGE
+
+
+def _bytes(model: ir.Model) -> int:
+    return sum(tensor.nbytes for tensor in constants(model.graph).values())
 
 
 def freeze(proto: onnx.ModelProto, feeds: Feeds) -> None:

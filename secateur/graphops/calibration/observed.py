@@ -11,7 +11,15 @@ import onnx_ir as ir
 
 from secateur.graphops.calibration import curvature
 from secateur.graphops.calibration.curvature import Curvature
-from secateur.graphops.calibration.data import Feeds, alike, evenly, hold_back, sample_count
+from secateur.graphops.calibration.data import (
+    Feeds,
+    alike,
+    batch_axes,
+    evenly,
+    hold_back,
+    sample_count,
+)
+from secateur.graphops.calibration.derivatives import is_large, single_samples
 from secateur.graphops.calibration.moments import WIDEST, Moments, collect, linear_maps, width
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.coupling.units import Coupling
@@ -19,6 +27,7 @@ from secateur.graphops.rules.linear import LinearMap
 
 HELD_BACK = 5  # every fifth batch judges
 _DERIVED = 256  # samples that derivatives are taken of: twice as many tell little more
+_DERIVED_OF_LARGE = 32  # one by one, for what a pass holds of each
 
 Tell = Callable[[float], None]
 
@@ -84,6 +93,10 @@ class Observed:
     def curvature(self) -> Curvature:
         """How much the outputs depend on each channel that a consumer puts out."""
         axes = {name: view.y_axis for name, view in self.consumers.items()}
-        batches = [self.learnt[place] for place in alike(self.learnt)]
-        most = max(_DERIVED // sample_count(batches[0]), 1)
-        return curvature.measure(self.model, axes, evenly(batches, most), self._seed)
+        if is_large(self.model):
+            free = batch_axes(self.model.graph, self.coupling.shapes)
+            batches = single_samples(self.learnt, free, _DERIVED_OF_LARGE)
+        else:
+            batches = [self.learnt[place] for place in alike(self.learnt)]
+            batches = evenly(batches, max(_DERIVED // sample_count(batches[0]), 1))
+        return curvature.measure(self.model, axes, batches, self._seed)

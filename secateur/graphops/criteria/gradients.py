@@ -21,10 +21,10 @@ from secateur.graphops.calibration.derivatives import (
     Direction,
     Jacobian,
     NoDerivative,
+    opened,
     single_samples,
 )
 from secateur.graphops.criteria.context import Context
-from secateur.graphops.model.opening import self_contained
 
 SAMPLES = 64  # at most; each costs several forward passes
 _GATE = "secateur_gate_"
@@ -50,10 +50,10 @@ class Gates:
         batches = context.seen(criterion).batches
         axes = batch_axes(context.model.graph, context.coupling.shapes)
         samples = single_samples(batches, axes, SAMPLES)
-        proto = ir.to_proto(self_contained(context.model.clone()))
-        self._places, gates = _insert_gates(context, proto)
         try:
-            self._jacobian = Jacobian(proto, gates, samples)
+            proto, weights = opened(context.model)
+            self._places, gates = _insert_gates(context, proto)
+            self._jacobian = Jacobian(proto, gates, [{**weights, **one} for one in samples])
         except NoDerivative as error:
             raise _impossible(criterion, str(error)) from error
         self.outputs = self._jacobian.outputs
