@@ -170,6 +170,19 @@ def test_the_turn_has_the_rank_that_the_body_says() -> None:
     assert (run(normalised(source)) == run(source)).all()
 
 
+def test_what_a_loop_gives_to_the_caller_keeps_its_name() -> None:
+    def build(net: Net, x: str) -> str:
+        start = net.op("SequenceConstruct", x)
+        held = turning(net, x, start, turns=net.const(np.array(1)))
+        net.outputs.append(sequence_info(held))
+        return net.op("SequenceAt", held, net.const(np.array(0)))
+
+    source = net_of(build)
+    assert [o.name for o in normalised(source).graph.output] == [
+        o.name for o in source.graph.output
+    ]
+
+
 def test_a_loop_too_long_to_write_out_stays() -> None:
     def build(net: Net, x: str) -> str:
         start = net.op("SequenceConstruct", x)

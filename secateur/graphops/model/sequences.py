@@ -114,6 +114,7 @@ class _Spreading:
             or len(body.inputs) != len(carried) + 2
             or len(body.outputs) != len(carried) + 1  # it gathers nothing of every turn
             or any(bodies(node) for node in body)
+            or any(value.is_graph_output() for value in loop.outputs)
             or (begins is not None and not _number(begins))
             or not _goes_on(body)
         ):
@@ -122,7 +123,7 @@ class _Spreading:
             carried = self._turn(loop, body, turn, carried)
         for output, last in zip(loop.outputs, carried, strict=False):
             assert last is not None
-            output.replace_all_uses_with(last, replace_graph_outputs=True)
+            output.replace_all_uses_with(last)
         discard(loop)
 
     def _turn(

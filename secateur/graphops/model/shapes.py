@@ -863,7 +863,8 @@ def _check_reshape(
     if shape is None or None in shape or sizes is None or integer(step.node, "allowzero", 0):
         return
     told = [
-        shape[axis] if size == 0 and axis < len(shape) else size for axis, size in enumerate(sizes)
+        shape[axis] if size == 0 and axis < len(shape) else int(size)
+        for axis, size in enumerate(sizes)
     ]
     given, wanted = math.prod(shape), math.prod(told)  # type: ignore[arg-type]
     if (wanted > 0 and given != wanted) or (wanted < 0 and given % wanted):
