@@ -111,14 +111,14 @@ def stacked(net: Net, x: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "build, opset",
-    [
-        (split_by_a_loop, 13),  # earlier loops carry no sequences
-        (split_by_a_loop, 17),
-        *((build, opset) for build in (listed, cut_up, stacked) for opset in (12, 17)),
-    ],
+SEQUENCES = (
+    (split_by_a_loop, 13),  # earlier loops carry no sequences
+    (split_by_a_loop, 17),
+    *((build, opset) for build in (listed, cut_up, stacked) for opset in (12, 17)),
 )
+
+
+@pytest.mark.parametrize(("build", "opset"), SEQUENCES)
 def test_channels_pass_where_sequences_were(build: Build, opset: int) -> None:
     source = net_of(build, opset)
     assert any(map(is_sequence, operators(source)))

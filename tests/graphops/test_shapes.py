@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from nets import INT64, Net
 from onnx import helper
@@ -233,3 +234,11 @@ def test_arithmetic_gives_what_onnx_runtime_gives(
     found = arithmetic.evaluate(node, inputs)
     assert found is not None
     np.testing.assert_array_equal(found[0], wanted)
+
+
+@pytest.mark.parametrize("op_type", ["Tile", "Expand", "ConstantOfShape"])
+def test_arithmetic_makes_nothing_large(op_type: str) -> None:
+    """What a damaged file asks for can be any size, and is not made to see that it is too large."""
+    sizes = np.array([1 << 33, 1 << 20])
+    data = () if op_type == "ConstantOfShape" else (np.zeros((1, 1), np.int64),)
+    assert arithmetic.evaluate(ir.node(op_type, []), [*data, sizes]) is None

@@ -179,6 +179,13 @@ def _expand(node: ir.Node, inputs: Inputs) -> list[Array]:
     return [np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(shape)))]  # type: ignore[arg-type, union-attr]
 
 
+def _tile(node: ir.Node, inputs: Inputs) -> list[Array]:
+    data, repeats = inputs[0], [int(times) for times in inputs[1]]  # type: ignore[union-attr]
+    if np.prod([data.size, *repeats], dtype=np.float64) > MAX_ELEMENTS:  # type: ignore[union-attr]
+        raise ValueError("large")
+    return [np.tile(data, repeats)]  # type: ignore[arg-type]
+
+
 def _split(node: ir.Node, inputs: Inputs) -> list[Array]:
     sizes = _ints(node, "split", inputs, 1)
     where: Any = len(node.outputs) if sizes is None else list(np.cumsum(sizes)[:-1])
@@ -300,7 +307,7 @@ _TABLE: dict[str, Callable[[ir.Node, Inputs], list[Array]]] = {
     "Flatten": _flatten,
     "Transpose": _transpose,
     "Expand": _expand,
-    "Tile": _elementwise(lambda data, repeats: np.tile(data, [int(n) for n in repeats])),
+    "Tile": _tile,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "OneHot": _one_hot,
