@@ -99,6 +99,8 @@ class Verification(_Value):
         held_back: whether they are samples that nothing was fitted or measured on.
         batch_sizes: batch sizes that ran; one entry when the batch is fixed.
         drift: one entry per floating-point output.
+        resized: those of them that were of other sizes than the original's, along axes whose
+            sizes the data decide; their drift is over the positions that both have.
     """
 
     samples: int
@@ -106,6 +108,7 @@ class Verification(_Value):
     held_back: bool = False
     batch_sizes: tuple[int, ...]
     drift: tuple[Drift, ...]
+    resized: tuple[str, ...] = ()
 
 
 class Accuracy(_Value):

@@ -30,6 +30,7 @@ def baked(batch: int) -> onnx.ModelProto:
 def test_a_batch_that_is_not_as_free_as_it_says(batch: int) -> None:
     result = lawful(baked(batch), target={"channels": 0.5})
     assert result.report.verification.batch_sizes == (batch,)
+    assert not result.report.verification.resized
     assert len(result.plan.kept) == 3
 
 
@@ -70,7 +71,9 @@ def test_as_many_outputs_as_the_data_say() -> None:
         for content in (model.SerializeToString(), result.model)
     ]
     assert sizes[0] != sizes[1], "the case shows nothing"
-    assert len(result.report.verification.drift) == 1
+    checked = result.report.verification
+    assert [one.output for one in checked.drift] == list(checked.resized)
+    assert any("as the data decide" in warning for warning in result.report.warnings)
 
 
 def test_as_long_as_the_data_say() -> None:

@@ -12,7 +12,7 @@ from secateur.graphops.model.opening import ModelSource, open_model
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.cutting import Given, Pruned, prune_unverified
-from secateur.graphops.pipeline.records import warnings_of
+from secateur.graphops.pipeline.records import resized_outputs, warnings_of
 from secateur.graphops.profile import measure
 from secateur.graphops.quantise.quantise import does_not_hold
 from secateur.graphops.verify import verify as checks
@@ -104,7 +104,11 @@ def prune(
         stage_drift=stages,
         verification=verification,
         accuracy=scored,
-        warnings=(*warnings_of(before, after, recipe.target), *done.warnings),
+        warnings=(
+            *warnings_of(before, after, recipe.target),
+            *resized_outputs(verification),
+            *done.warnings,
+        ),
         seconds=clock.seconds,
     )
     return Result(done.serialised.model, done.plan, report, done.serialised.weights)

@@ -30,6 +30,7 @@ from secateur.report import (
     Rotated,
     Sensitivity,
     SparseWeight,
+    Verification,
 )
 
 _NEARLY = 0.99  # of what the readers of a stream make of it
@@ -161,6 +162,15 @@ def underived(curvature: Curvature) -> tuple[str, ...]:
     return (
         "criterion reconstruction counts all outputs of a layer alike, for want of derivatives: "
         f"{curvature.missing[:200]}",
+    )
+
+
+def resized_outputs(checked: Verification) -> tuple[str, ...]:
+    """What callers should know of outputs whose sizes the data decide."""
+    return tuple(
+        f"output {name!r} was larger or smaller than the original's, as the data decide: times are "
+        "of other work, and drift is over the positions that both have"
+        for name in checked.resized
     )
 
 

@@ -159,6 +159,7 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         held_back=held_back,
         batch_sizes=tuple(sorted(set(batches))),
         drift=tuple(meter.drift() for meter in meters if meter.used),
+        resized=tuple(meter.name for meter in meters if meter.resized),
     )
 
 
@@ -227,7 +228,7 @@ class _Meter:
     def __init__(self, name: str, loose: Collection[int] = ()) -> None:
         self.name = name
         self._loose = loose
-        self.used = False
+        self.used = self.resized = False
         self._error = self._reference = self._result = self._dot = 0.0
         self._agree = self._rows = 0
         self._divergence: float | None = 0.0
@@ -238,6 +239,7 @@ class _Meter:
         a, b = reference.astype(np.float64), result.astype(np.float64)
         if not _agree(b.shape, a.shape, self._loose):
             raise _failed(f"output {self.name!r} has another shape", a.shape, b.shape)
+        self.resized |= a.shape != b.shape
         both = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape, strict=True))
         a, b = a[both], b[both]
         if not np.isfinite(b[np.isfinite(a)]).all():
