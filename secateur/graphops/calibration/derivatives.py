@@ -12,8 +12,8 @@ import onnx_ad
 import onnx_ir as ir
 
 from secateur.graphops.calibration.data import Array, Feeds, alike, evenly
-from secateur.graphops.calibration.respelling import respell, shape_of
-from secateur.graphops.model.graph import constants, opset_of
+from secateur.graphops.calibration.respelling import respell
+from secateur.graphops.model.graph import constants, opset_of, shape_of
 from secateur.graphops.model.opening import self_contained
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import first_line, open_session

@@ -13,7 +13,7 @@ import onnx
 
 from secateur.graphops.calibration.data import Array
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.model.graph import opset_of
+from secateur.graphops.model.graph import opset_of, shape_of
 
 _Spelling = Callable[["Respelling", onnx.NodeProto], bool]
 _SPELLINGS: dict[tuple[str, str], _Spelling] = {}
@@ -27,13 +27,6 @@ def respell(proto: onnx.ModelProto) -> bool:
     respelt = [respelling.add(node) for node in nodes]
     proto.graph.node.extend(respelling.nodes)
     return any(respelt)
-
-
-def shape_of(value: onnx.ValueInfoProto) -> list[int] | None:
-    """The shape, None where it is not wholly known."""
-    kind = value.type.tensor_type
-    known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
-    return [dim.dim_value for dim in kind.shape.dim] if known else None
 
 
 class Respelling:

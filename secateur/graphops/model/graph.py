@@ -28,6 +28,13 @@ def opset_of(proto: onnx.ModelProto) -> int:
     return next(versions, 1)
 
 
+def shape_of(value: onnx.ValueInfoProto) -> list[int] | None:
+    """The shape, None where it is not wholly known."""
+    kind = value.type.tensor_type
+    known = kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim)
+    return [dim.dim_value for dim in kind.shape.dim] if known else None
+
+
 def real_inputs(graph: ir.Graph) -> list[ir.Value]:
     """Graph inputs that a caller feeds: not those that merely list an initializer (old IR)."""
     return [value for value in graph.inputs if value.name not in graph.initializers]
