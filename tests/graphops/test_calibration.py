@@ -80,7 +80,7 @@ def test_arrays_a_file_and_a_folder_are_the_same_data(tmp_path: pathlib.Path) ->
 
 def sizes(count: int, batch: int | str = "N") -> tuple[list[int], list[int]]:
     """Sizes of the batches that statistics see, and of those that are kept back."""
-    samples = open_calibration(arrays(count), open_model(model(batch)).model.graph).draw()
+    samples = open_calibration(arrays(count), open_model(model(batch)).model).draw()
     return [len(feeds["image"]) for feeds in samples.seen], [
         len(feeds["image"]) for feeds in samples.judged
     ]
@@ -102,7 +102,7 @@ def test_more_samples_than_are_run_are_thinned_out_evenly() -> None:
     data = arrays(3000)
     data["tokens"][:, 0] = np.arange(3000) % 11
     data["image"][:, 0, 0, 0] = np.arange(3000)
-    samples = open_calibration(data, open_model(model()).model.graph).draw()
+    samples = open_calibration(data, open_model(model()).model).draw()
     drawn = np.sort(np.concatenate([f["image"][:, 0, 0, 0] for f in samples.seen + samples.judged]))
     assert drawn.size == 1024
     assert set(np.diff(drawn)) <= {2, 3}
@@ -116,9 +116,9 @@ def test_a_remainder_that_a_fixed_batch_cannot_take_is_left_out() -> None:
 def test_samples_of_a_state_lie_along_the_axis_that_bears_the_name(tmp_path: pathlib.Path) -> None:
     data = states()
     np.savez(tmp_path / "all.npz", **data)
-    graph = open_model(recurrent()).model.graph
+    opened = open_model(recurrent()).model
     for source in (data, tmp_path / "all.npz"):
-        calibration = open_calibration(source, graph)
+        calibration = open_calibration(source, opened)
         assert calibration.count() == 40
         samples = calibration.draw()
         assert {feeds["state"].shape for feeds in samples.seen} == {(2, 2, 6)}

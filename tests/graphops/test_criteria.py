@@ -60,7 +60,7 @@ def scores(
     coupling = couple(opened.model, infer_shapes(opened.model))
     observed = None
     if calibration is not None:
-        samples = open_calibration(calibration, opened.model.graph).draw()
+        samples = open_calibration(calibration, opened.model).draw()
         drawn = samples.seen + (samples.judged if samples.held_back else ())
         together = {name: np.concatenate([batch[name] for batch in drawn]) for name in drawn[0]}
         # few enough batches, of different sizes, that all of them are learnt from

@@ -34,6 +34,14 @@ def test_a_batch_that_is_not_as_free_as_it_says(batch: int) -> None:
     assert len(result.plan.kept) == 3
 
 
+def test_data_go_one_by_one_where_no_other_batch_suits() -> None:
+    data = {"x": np.random.default_rng(0).standard_normal((64, 3, 4, 4)).astype(np.float32)}
+    result = prune(baked(1), target={"channels": 0.5}, calibration=data, repair=True)
+    assert result.report.verification.batch_sizes == (1,)
+    assert result.report.verification.samples == 8
+    assert result.report.repair
+
+
 def test_no_batch_suits() -> None:
     with pytest.raises(Refused) as caught:
         prune(baked(7))

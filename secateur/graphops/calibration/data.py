@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from secateur.errors import Code, Refused, refuse
 from secateur.graphops.model.graph import real_inputs
-from secateur.graphops.model.shapes import Shapes
+from secateur.graphops.model.shapes import Shapes, infer_shapes
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
@@ -222,19 +222,28 @@ def evenly(samples: Sequence[Feeds], most: int) -> list[Feeds]:
     return [samples[place] for place in chosen.tolist()]
 
 
-def open_calibration(source: CalibrationSource, graph: ir.Graph) -> Calibration:
+def open_calibration(source: CalibrationSource, model: ir.Model) -> Calibration:
     """Opens a `.npz`, a folder of them, or arrays by name, and checks the first part.
+
+    Args:
+        source: the data.
+        model: that they are for.
 
     Raises:
         Refused: `INVALID_CALIBRATION`, naming the input, what was expected and what was found.
     """
-    expected = {}
+    expected, graph = {}, model.graph
     for value in real_inputs(graph):
         dims = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ())
         expected[str(value.name)] = ((value.dtype or ir.DataType.FLOAT).numpy(), dims)
     axes = sample_axes(graph)
     expected = {name: expected[name] for name in (*axes, *expected)}
     parts, fixed = parts_of(source), _fixed(expected, axes)
+    if fixed is None and axes and _takes_single_samples(model, axes):
+        fixed = 1
+        for name, axis in axes.items():
+            dtype, dims = expected[name]
+            expected[name] = dtype, (*dims[:axis], 1, *dims[axis + 1 :])
     calibration = Calibration(parts, fixed or BATCH, expected, axes)
     calibration.check(parts[0].read(), "")
     return calibration
@@ -287,6 +296,12 @@ def _fixed(expected: Expected, axes: Mapping[str, int]) -> int | None:
     """How many samples the model takes together, None where any number."""
     sizes = (expected[name][1][axis] for name, axis in axes.items())
     return next((size for size in sizes if size is not None), None)
+
+
+def _takes_single_samples(model: ir.Model, axes: Mapping[str, int]) -> bool:
+    """Whether a batch that is free by name is written down inside as one."""
+    inputs = infer_shapes(model).inputs
+    return all(inputs[name][0][axis] == inputs[name][1][axis] == 1 for name, axis in axes.items())
 
 
 def _count(part: Part, calibration: Calibration) -> int:

@@ -43,7 +43,7 @@ class Labelled:
 
 def open_labels(
     source: CalibrationSource,
-    graph: ir.Graph,
+    model: ir.Model,
     calibration: Calibration | None,
     samples: Samples | None,
 ) -> Labelled:
@@ -56,18 +56,18 @@ def open_labels(
     Args:
         source: arrays of class numbers, named after the outputs that they are for; of any name
             where there is one array and one output.
-        graph: of the model.
+        model: that they are for.
         calibration, samples: all calibration samples, and those that were drawn.
 
     Raises:
         Refused: `INVALID_LABELS`; what fits no sample or no output by now, the rest from `batches`.
     """
-    inputs = {str(value.name) for value in real_inputs(graph)}
-    outputs = tuple(str(value.name) for value in graph.outputs)
+    inputs = {str(value.name) for value in real_inputs(model.graph)}
+    outputs = tuple(str(value.name) for value in model.graph.outputs)
     with _about_labels():
         parts = parts_of(source)
         if inputs & set(parts[0].names()):
-            own = open_calibration(source, graph)
+            own = open_calibration(source, model)
             return Labelled(functools.partial(_own_batches, own, outputs), False, False)
     if calibration is None or samples is None:
         raise refuse(

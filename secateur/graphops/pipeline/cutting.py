@@ -61,12 +61,12 @@ class Given:
 
     def open(self, model: ModelSource, opened: OpenedModel) -> tuple[Samples | None, Scored | None]:
         """Samples for the stages that need them, and the original's accuracy."""
-        graph = opened.model.graph
-        data = None if self.calibration is None else open_calibration(self.calibration, graph)
+        given = opened.model
+        data = None if self.calibration is None else open_calibration(self.calibration, given)
         samples = None if data is None else data.draw()
         if self.labels is None:
             return samples, None
-        labelled = open_labels(self.labels, graph, data, samples)
+        labelled = open_labels(self.labels, given, data, samples)
         # before the work is done: labels that do not fit are refused here
         return samples, Scored.of(runnable(model, opened), labelled)
 

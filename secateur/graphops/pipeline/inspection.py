@@ -49,7 +49,7 @@ def inspect(
     opened = open_model(model, external_data=external_data, max_nodes=max_nodes)
     samples = None
     if calibration is not None:
-        samples = open_calibration(calibration, opened.model.graph).draw()
+        samples = open_calibration(calibration, opened.model).draw()
     recipe = (recipe or Recipe()).model_copy(update={"target": {"macs": 1.0}, "scope": None})
     units = recipe.units or UNITS
     recipe = recipe.model_copy(update={"granularity": units}).settled(samples is not None)
