@@ -43,7 +43,8 @@ def opened(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[O
         if request.param == "sqlite":
             made.append(sqlite(tmp_path, ttl_s))
         else:
-            made.append(SharedRepository(url, ttl_s=ttl_s, lease_s=0.0))
+            made.append(SharedRepository(url, ttl_s=ttl_s, lease_s=60.0))
+            made[-1].lease_s = 0.0  # others are dead at once; requests have the patience of 60 s
         return made[-1]
 
     yield open_again
