@@ -183,6 +183,17 @@ def test_what_a_loop_gives_to_the_caller_keeps_its_name() -> None:
     ]
 
 
+def test_a_loop_that_is_fed_less_than_it_carries_stays() -> None:
+    source = net_of(split_by_a_loop)
+    (loop,) = (node for node in source.graph.node if node.op_type == "Loop")
+    body = loop.attribute[0].g
+    loop.input.append("")
+    loop.output.append("other")
+    body.input.append(helper.make_tensor_value_info("fed", TensorProto.FLOAT, None))
+    body.output.append(helper.make_tensor_value_info("fed", TensorProto.FLOAT, None))
+    assert "Loop" in operators(normalised(source))
+
+
 def test_a_loop_too_long_to_write_out_stays() -> None:
     def build(net: Net, x: str) -> str:
         start = net.op("SequenceConstruct", x)

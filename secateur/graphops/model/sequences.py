@@ -110,6 +110,7 @@ class _Spreading:
             body is None
             or times is None
             or times * len(body) > _MOST_NODES - self._made
+            or None in carried
             or not any(value in self._held for value in carried)
             or len(body.inputs) != len(carried) + 2
             or len(body.outputs) != len(carried) + 1  # it gathers nothing of every turn
