@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import onnx
 
 from secateur.graphops import rules
+from secateur.graphops.model.qdq import FORMS
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "operator_table.md"
 OLDEST = 7  # older opsets than that are not promised
@@ -27,7 +28,8 @@ around: what reaches it stays whole, and the report names it with the reason giv
 
 *Opsets* are the versions at which the operator's definition changed. *Family* says how channels
 pass; [operators.md](operators.md) tells what the families are. Files are in
-`secateur/graphops/rules/`.
+`secateur/graphops/rules/`. Operators on integers that say the same as one on floats are read as
+that one, between DequantizeLinear and QuantizeLinear, and written as they were.
 """
 
 
@@ -53,6 +55,15 @@ def _file(rule: rules.Rule) -> str:
     return f"{rule.couple.__module__.rpartition('.')[2]}.py"
 
 
+def _spelt(domain: str) -> dict[str, str]:
+    """Operator → what the table says of it, of those that are spelt with one on floats."""
+    return {
+        name: f"as {form.operator} on floats | model/qdq/operators.py"
+        for (home, name), form in FORMS.items()
+        if home == domain
+    }
+
+
 def _joined(values: Iterator[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
@@ -64,6 +75,7 @@ def _ruled(found: list[rules.Rule]) -> str:
 def page() -> str:
     """The whole page."""
     ruled, opsets = known(""), opsets_of("")
+    spelt = _spelt("")
     newest = onnx.defs.onnx_opset_version()
     lines = [_INTRODUCTION.format(oldest=OLDEST, newest=newest)]
     lines += ["## ai.onnx", "", "| operator | opsets | family | file |", "|---|---|---|---|"]
@@ -71,20 +83,23 @@ def page() -> str:
         if name in ruled:
             said = ", ".join(map(str, versions))
             lines.append(f"| {name} | {said} | {_ruled(ruled[name])} |")
+        elif name in spelt:
+            lines.append(f"| {name} | {', '.join(map(str, versions))} | {spelt[name]} |")
     lines += ["", "## ai.onnx, without a rule on purpose", ""]
     lines += ["| operator | opsets | reason |", "|---|---|---|"]
     for (domain, name), sentence in sorted(rules.all_reasons().items()):
-        if not domain:
+        if not domain and name not in spelt:
             lines.append(f"| {name} | {', '.join(map(str, opsets.get(name, [])))} | {sentence} |")
     lines += ["", "## Other domains", "", "| operator | family | file |", "|---|---|---|"]
     for domain in sorted({rule.domain for rule in rules.all_rules()} - {""}):
-        lines += [f"| {domain}::{n} | {_ruled(found)} |" for n, found in known(domain).items()]
+        said = {name: _ruled(found) for name, found in known(domain).items()} | _spelt(domain)
+        lines += [f"| {domain}::{name} | {said[name]} |" for name in sorted(said)]
     beyond = sorted(set(ruled) - set(opsets))
     lines += [f"| {n} (as ONNX Runtime writes it) | {_ruled(ruled[n])} |" for n in beyond]
     lines += ["", "## Other domains, without a rule on purpose", ""]
     lines += ["| operator | reason |", "|---|---|"]
     for (domain, name), sentence in sorted(rules.all_reasons().items()):
-        if domain:
+        if domain and (domain, name) not in FORMS:
             lines.append(f"| {domain}::{name} | {sentence} |")
     return "\n".join(lines) + "\n"
 

@@ -22,10 +22,11 @@ import secateur
 from secateur.errors import Code, Refused
 from secateur.graphops import rules
 from secateur.graphops.model.opening import open_model
+from secateur.graphops.model.qdq import FORMS
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes, infer_shapes
-from secateur.graphops.verify.law import check_law
+from secateur.graphops.verify.law import check_law, in_floats
 
 RUNNABLE = [pytest.param(row, id=row.id) for row in ROWS if row.freezes is None]
 FREEZING = [row for row in ROWS if row.freezes is not None]
@@ -59,7 +60,12 @@ def test_every_rule_has_a_row_in_its_opset_range() -> None:
 
 
 def test_every_row_has_a_rule() -> None:
-    unknown = [row.id for row in ROWS if rules.find(row.domain, row.op, _version(row)) is None]
+    unknown = [
+        row.id
+        for row in ROWS
+        if rules.find(row.domain, row.op, _version(row)) is None
+        and (row.domain, row.op) not in FORMS
+    ]
     assert not unknown
 
 
@@ -158,7 +164,8 @@ def quantised_as_it_runs() -> onnx.ModelProto:
     def steps(x: str, op: str, weight: str, zero: str, **attributes: Any) -> str:
         x, scale, middle = net.ops("DynamicQuantizeLinear", x, outputs=3)
         y = net.op(op, x, weight, middle, zero, **attributes)
-        return net.op("Mul", net.op("Cast", y, to=onnx.TensorProto.FLOAT), scale)
+        y = net.op("Cast", y, to=onnx.TensorProto.FLOAT)
+        return net.op("Mul", y, net.op("Mul", scale, net.const(np.float32(0.5))))
 
     kernel, matrix = (
         net.const(net.draw.integers(0, 255, shape).astype(np.uint8))
@@ -172,7 +179,8 @@ def quantised_as_it_runs() -> onnx.ModelProto:
     rows, scale, middle = net.ops("DynamicQuantizeLinear", y, outputs=3)
     columns = net.op("Transpose", rows, perm=[1, 0])  # both sides are of the data
     alike = net.op("MatMulInteger", rows, columns, middle, middle)
-    alike = net.op("Mul", net.op("Cast", alike, to=onnx.TensorProto.FLOAT), scale)
+    alike = net.op("Cast", alike, to=onnx.TensorProto.FLOAT)
+    alike = net.op("Mul", alike, net.op("Mul", scale, scale))
     y = net.op("MatMul", net.op("Softmax", alike), y)
     net.output(net.dense(net.op("Relu", y), 6, 3))
     return net.model()
@@ -182,6 +190,7 @@ def test_without_rounding_a_model_computes_nearly_what_it_did() -> None:
     model = quantised_as_it_runs()
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
     wanted = open_session(model.SerializeToString()).run(None, {"x": x})[0]
+    model = in_floats(model.SerializeToString())
     assert leave_rounding_out(model)
     found = open_session(model.SerializeToString()).run(None, {"x": x})[0]
     difference = np.abs(found - wanted).max() / np.abs(wanted).max()

@@ -28,22 +28,13 @@ def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
         return None
 
 
-# Operators of com.microsoft that have the shapes of a standard one on some of their inputs.
-_LIKE = {
-    "FusedConv": ("Conv", slice(0, 2)),
-    "QLinearAveragePool": ("AveragePool", slice(0, 1)),
-    "QLinearConcat": ("Concat", slice(2, None, 3)),
-}
-
-
 def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The standard node with the same shapes, None where there is none."""
-    if node.domain != CONTRIB or node.op_type not in _LIKE:
+    """The standard node with the same shapes, None where there is none: FusedConv is as Conv."""
+    if (node.domain, node.op_type) != (CONTRIB, "FusedConv"):
         return None
-    op_type, inputs = _LIKE[node.op_type]
-    known = onnx.defs.get_schema(op_type).attributes
-    standard = onnx.NodeProto(op_type=op_type, output=node.output[:1])
-    standard.input.extend(node.input[inputs])
+    known = onnx.defs.get_schema("Conv").attributes
+    standard = onnx.NodeProto(op_type="Conv", output=node.output[:1])
+    standard.input.extend(node.input[:2])
     standard.attribute.extend(item for item in node.attribute if item.name in known)
     return standard
 
@@ -94,17 +85,6 @@ def _embed(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [shape, None, shape]
 
 
-def _binary(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
-    a, b = inputs[0] or (), inputs[3] or ()
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    padded = (1,) * (len(longer) - len(shorter)) + tuple(shorter)
-    return [tuple(y if x == 1 else x for x, y in zip(longer, padded, strict=True))]
-
-
-def _where(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
-    return _broadcast(node, [inputs[0], inputs[1], inputs[4]])
-
-
 def _n_bits(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     return [(*(inputs[0] or ())[:-1], integer(node, "N", 0))]
 
@@ -113,11 +93,6 @@ def _broadcast(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
     if any(shape is None or None in shape for shape in inputs):
         return [None]
     return [np.broadcast_shapes(*inputs)]  # type: ignore[arg-type]
-
-
-def _global_pool(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
-    x = inputs[0] or ()
-    return [(x[0], x[1], *(1 for _ in x[2:]))]
 
 
 def _side_by_side(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
@@ -147,13 +122,10 @@ _OTHERS: _Table = {
     "QuickGelu": _first,
     "Gelu": _first,
     "RotaryEmbedding": _first,
-    "QLinearSigmoid": _first,
-    "QLinearLeakyRelu": _first,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "FusedMatMul": _matmul(0, 1),
     "FusedGemm": _matmul(0, 1),
-    "QGemm": _matmul(0, 3),
     "MatMulIntegerToFloat": _matmul(0, 1),
     "DynamicQuantizeMatMul": _matmul(0, 1),
     "MultiHeadAttention": _attention,
@@ -163,15 +135,10 @@ _OTHERS: _Table = {
     "MatMulNBits": _n_bits,
     "QuantizeLinear": _first,
     "DequantizeLinear": _first,
-    "QLinearSoftmax": _first,
     "MoE": _first,
     "QMoE": _first,
-    "QLinearWhere": _where,
     "EmbedLayerNormalization": _embed,
     "QEmbedLayerNormalization": _embed,
-    "QLinearAdd": _binary,
-    "QLinearMul": _binary,
-    "QLinearGlobalAveragePool": _global_pool,
 }
 _CLASSICAL: _Table = {
     "Scaler": _first,
@@ -191,7 +158,6 @@ _ELEMENTS = {
     "QAttention": 3,
     "QuantizeLinear": 2,
     "DequantizeLinear": 1,
-    "QLinearWhere": 1,
 }
 
 

@@ -8,7 +8,8 @@ back. Matrices with several readers (tied embeddings, Siamese branches) are tied
 stay one tensor.
 
 A vector of weights that the model writes into before it reads it, as `bias[a:b] = 0` is exported,
-is a constant, and becomes one. Sequences of tensors come apart (see `sequences`).
+is a constant, and becomes one. Sequences of tensors come apart (see `sequences`), and operators on
+integers are spelt with those on floats (see `qdq`).
 """
 
 from __future__ import annotations
@@ -22,25 +23,32 @@ from secateur.graphops.model import arithmetic, sequences
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.names import free_name
+from secateur.graphops.model.qdq import spell_in_floats
 from secateur.graphops.model.unread import drop_unread, unread
 
 _RESOLVED = {*sequences.OPERATORS, "ScatterND"}
 
 
 def normalise(model: ir.Model) -> Mapping[str, str]:
-    """Takes sequences and written vectors out, and gives each reader of a shared vector its own
-    copy, in place.
+    """Takes sequences, written vectors and operators on integers out, and gives each reader of a
+    shared vector its own copy, in place.
 
     Returns:
-        name of each copy → name of the constant it copies.
+        name of each vector that is new → name of the one that it copies, or is cut with.
     """
     graph = model.graph
+    given = set(graph.initializers)
     if any(node.op_type in _RESOLVED for node in graph):
         before = unread(graph)
         sequences.spread(model)
         _settle_written(graph)
         drop_unread(graph, before)
-    return _unshare(model)
+    tied = spell_in_floats(model)
+    copies = {**tied, **_unshare(model)}
+    if model.ir_version < 4:  # where the specification wants every initializer among the inputs
+        new = [value for name, value in graph.initializers.items() if name not in given]
+        graph.inputs.extend(new)
+    return copies
 
 
 def _settle_written(graph: ir.Graph) -> None:
@@ -73,7 +81,6 @@ def _settle(graph: ir.Graph, node: ir.Node, content: arithmetic.Array) -> None:
 def _unshare(model: ir.Model) -> Mapping[str, str]:
     graph = model.graph
     copies: dict[str, str] = {}
-    before = len(graph.initializers)
     for node in list(graph):
         if node.op_type == "Identity" and node.domain == "":
             _absorb_identity(graph, node, copies)
@@ -85,8 +92,6 @@ def _unshare(model: ir.Model) -> Mapping[str, str]:
             name = free_name(wish, graph.initializers)
             user.replace_input_with(index, _add_copy(graph, name, value))
             copies[name] = copies.get(str(value.name), str(value.name))
-    if model.ir_version < 4:  # where the specification wants every initializer among the inputs
-        graph.inputs.extend(list(graph.initializers.values())[before:])
     return copies
 
 

@@ -16,9 +16,6 @@ from secateur.graphops.model.graph import constant_of
 # Operator → inputs that hold integers, their scale (None: it is applied later) and zero point.
 _READERS: dict[str, tuple[int, int | None, int]] = {
     "DequantizeLinear": (0, 1, 2),
-    "QLinearConv": (3, 4, 5),
-    "QLinearMatMul": (3, 4, 5),
-    "QGemm": (3, 4, 5),
     "ConvInteger": (1, None, 3),
     "MatMulInteger": (1, None, 3),
     "MatMulIntegerToFloat": (1, 3, 5),
@@ -137,8 +134,4 @@ def _axis(node: ir.Node, rank: int) -> int:
     """Along which vectors of scales run: of output channels, if the operator does not say."""
     if node.op_type == "DequantizeLinear":
         return integer(node, "axis", 1)
-    if node.op_type in ("QLinearConv", "ConvInteger"):
-        return 0
-    if node.op_type == "QGemm" and integer(node, "transB", 0):
-        return 0
-    return rank - 1
+    return 0 if node.op_type == "ConvInteger" else rank - 1

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from secateur.graphops.model import maps
 from secateur.graphops.model.aside import model_beside
 from secateur.graphops.model.opening import self_contained
+from secateur.graphops.model.qdq import as_given
 from secateur.result import WeightsFile
 
 # protobuf holds less than 2 GiB; nodes and shapes want some of it.
@@ -44,6 +45,7 @@ def serialise(model: ir.Model) -> Serialised:
     Weights stay where they are until they are written one by one: memory holds no second copy of
     a model too large for one file.
     """
+    model = as_given(model)
     tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()]
     if sum(tensor.nbytes for tensor in tensors if tensor is not None) < INLINE_LIMIT:
         proto = ir.to_proto(self_contained(model))

@@ -13,6 +13,8 @@ from secateur.graphops.calibration import Samples
 from secateur.graphops.calibration.mirrored import mirror, mirror_axis
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
+from secateur.graphops.model.graph import constants
+from secateur.graphops.model.qdq import as_given
 from secateur.graphops.pipeline.analysed import Analysed
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.dividing import Choice
@@ -98,7 +100,16 @@ def carry_out(
     if recipe.repair and done.kept:
         fitted_by = None if samples is None else coupling.shapes
         done = replace(done, quantised=quantised(done.model, fitted_by))
-    return done
+    return _as_given(done)
+
+
+def _as_given(done: CarriedOut) -> CarriedOut:
+    """With operators on integers as the model had them, and what was kept of its own constants."""
+    model = as_given(done.model)
+    if model is done.model:
+        return done
+    left = constants(model.graph)
+    return replace(done, model=model, kept=tuple(one for one in done.kept if one.tensor in left))
 
 
 def _cut(choice: Choice, analysed: Analysed) -> CarriedOut:

@@ -150,8 +150,8 @@ def unrepaired(quantised: int) -> tuple[str, ...]:
         return ()
     return (
         f"{quantised} layers have quantised weights that are not repaired: give calibration data, "
-        "which refit those that DequantizeLinear reads; or prune the model that was quantised, and "
-        "quantise the result (--quantize)",
+        "by which all are refitted but those packed in blocks; or prune the model that was "
+        "quantised, and quantise the result (--quantize)",
     )
 
 

@@ -25,7 +25,7 @@ def units_kept(
     Args:
         plan: to replay.
         coupling: of the model it is replayed on.
-        copies: name of each copy that normalising made → name of its source.
+        copies: name of each vector that normalising made → name of its source.
         sha256: of that model.
 
     Raises:
@@ -181,7 +181,10 @@ def _check_consistent(
         for axis, units in coupling.axes(name).items():
             mask = keep[units]
             # A copy that was cut as its source is merged back, and then the plan names the source.
-            said = stated.get((name, axis), stated.get((copies.get(name, name), axis)))
+            stating = name
+            while (stating, axis) not in stated and stating in copies:
+                stating = copies[stating]
+            said = stated.get((stating, axis))
             if not mask.all() and (said is None or not np.array_equal(said, mask)):
                 raise refuse(
                     Code.INVALID_PLAN,

@@ -38,7 +38,6 @@ def couple_convolution(
     flow: Flow,
     node: ir.Node,
     *,
-    weight: int = 1,
     bias: int | None = 2,
     vectors: Sequence[int] = (),
     out_axis: int = 0,
@@ -48,12 +47,11 @@ def couple_convolution(
     Args:
         flow: to state it in.
         node: the convolution.
-        weight: index of W among its inputs.
         bias: index of B, if the operator has one.
         vectors: indices of further inputs that may hold one number per output channel.
         out_axis: axis of W that holds output channels.
     """
-    x, w = node.inputs[0], node.inputs[weight]
+    x, w = node.inputs[:2]
     shape = flow.shape(w)
     if x is None or w is None or shape is None or None in shape[:2]:
         return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape of the weight is not known")
@@ -108,7 +106,13 @@ def _couple_groups(
 
 def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:
     """The number of groups follows from the channels that stay: C / (channels per group)."""
-    rewrite_groups(surgeon, node, weight=1)
+    groups = integer(node, "group", 1)
+    x, w = node.inputs[:2]
+    if groups == 1 or x is None or w is None or not surgeon.changed(x):
+        return
+    left = surgeon.size(x, 1) // surgeon.size(w, 1)
+    if left != groups:
+        surgeon.set_integer(node, "group", left)
 
 
 def rewrite_conv_transpose(surgeon: Surgeon, node: ir.Node) -> None:
@@ -126,25 +130,9 @@ def rewrite_conv_transpose(surgeon: Surgeon, node: ir.Node) -> None:
         surgeon.set_integer(node, "group", left)
 
 
-def rewrite_groups(surgeon: Surgeon, node: ir.Node, weight: int) -> None:
-    """Sets `group` to the input channels divided by those of one group, W's axis 1."""
-    groups = integer(node, "group", 1)
-    x, w = node.inputs[0], node.inputs[weight]
-    if groups == 1 or x is None or w is None or not surgeon.changed(x):
-        return
-    per_group = surgeon.size(w, 1)
-    if surgeon.size(x, 1) // per_group != groups:
-        surgeon.set_integer(node, "group", surgeon.size(x, 1) // per_group)
-
-
 def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     """Result positions × the whole weight (Cout × Cin/groups × kernel)."""
-    return macs_convolution(flow, node, weight=1)
-
-
-def macs_convolution(flow: Flow, node: ir.Node, weight: int) -> list[tuple[Axis, ...]]:
-    """Result positions × the whole weight, which is input `weight`."""
-    w = node.inputs[weight]
+    w = node.inputs[1]
     axes = [a for a in all_axes(flow, node.outputs[0]) if a[1] != 1]
     return [(*axes, *(all_axes(flow, w) if w else ()))]
 

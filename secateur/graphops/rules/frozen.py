@@ -6,6 +6,7 @@ Each sentence is what a report says of a channel that such an operator keeps.
 from __future__ import annotations
 
 from secateur.graphops.model.contrib import CONTRIB, LEARN
+from secateur.graphops.model.qdq import FORMS
 from secateur.graphops.rules.registry import explain
 
 explain(
@@ -69,6 +70,13 @@ explain(
     "its numbers are packed in blocks that run over rows",
     domain=CONTRIB,
 )
+for _domain, _op_type in FORMS:
+    explain(
+        _op_type,
+        "its scales are not constants, or it has another layout than the operator on floats that "
+        "it stands for",
+        domain=_domain,
+    )
 explain(
     "DynamicQuantizeLSTM",
     "its gates are packed side by side in integers whose scales are shared",

@@ -211,13 +211,8 @@ def rewrite_split(surgeon: Surgeon, node: ir.Node) -> None:
 
 def couple_concat(flow: Flow, node: ir.Node) -> None:
     """Labels one after another along the axis; along the others the operands run together."""
-    couple_joined(flow, node, range(len(node.inputs)))
-
-
-def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
-    """A Concat of some of the inputs."""
     shape = flow.shape(node.outputs[0])
-    values = [value for value in (node.inputs[index] for index in indices) if value]
+    values = [value for value in node.inputs if value]
     moving = [value for value in values if value.name not in flow.constants]
     if moving and not any(flow.blocks(value) for value in moving):
         flow.hold(node)
@@ -238,7 +233,7 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
     if None in sizes:
         for value in values:
             flow.freeze_axis(value, axis, node, "UNKNOWN_SHAPE", "a size is not known")
-        flow.set(node.outputs[0], _meet_without(flow, node, indices, letters, axis))
+        flow.set(node.outputs[0], _meet_without(flow, node, letters, axis))
         return
     parts: list[Labels] = []
     for value, size in zip(values, sizes, strict=True):
@@ -248,7 +243,7 @@ def couple_joined(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
             )
         parts.append(flow.line(value, axis, size or 0))
     joined = np.concatenate(parts)
-    others = _meet_without(flow, node, indices, letters, axis)
+    others = _meet_without(flow, node, letters, axis)
     flow.set(node.outputs[0], others + single(axis, joined))
 
 
@@ -276,11 +271,9 @@ def _concat_joint(flow: Flow, values: Sequence[ir.Value], axis: int) -> Blocks |
     return (Block(axes, labels),)
 
 
-def _meet_without(
-    flow: Flow, node: ir.Node, indices: Sequence[int], letters: list[int | None], axis: int
-) -> Blocks:
+def _meet_without(flow: Flow, node: ir.Node, letters: list[int | None], axis: int) -> Blocks:
     """What holds along the axes that are not joined end to end."""
-    present = [(index, value) for index in indices if (value := node.inputs[index]) is not None]
+    present = [(index, value) for index, value in enumerate(node.inputs) if value is not None]
     saved = {str(value.name): flow.blocks(value) for _, value in present}
     for name, blocks in saved.items():
         flow.blocks_of[name] = tuple(block for block in blocks if axis not in block.axes)

@@ -1,5 +1,8 @@
 """Operators on quantised integers: the plain rules, with scales and zero points beside.
 
+Those that say the same as one on floats, QLinearConv and its like, are spelt as that one before
+any rule is asked (`model.qdq`).
+
 A scale or zero point is one number, or one per output channel of the weight; then it is cut with
 them. Zero points shift integers, so a zero of the law is a zero of the real value.
 """
@@ -13,10 +16,9 @@ import onnx_ir as ir
 
 from secateur.graphops.coupling.flow import Flow, Letter
 from secateur.graphops.coupling.labels import single
-from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.rules import contraction, convolution, indexing, reduction, spatial
+from secateur.graphops.rules import contraction, convolution
 from secateur.graphops.rules.registry import register
 from secateur.graphops.surgery.surgeon import Surgeon
 
@@ -30,11 +32,6 @@ def _vectors(flow: Flow, node: ir.Node, indices: Sequence[int], letter: Letter) 
         for index in indices
         if operand(node, index) is not None and flow.rank(node.inputs[index]) == 1
     ]
-
-
-def couple_matmul(flow: Flow, node: ir.Node) -> None:
-    """QLinearMatMul: a, its scale and zero point, b and its own, then the result's."""
-    _couple_product(flow, node, 0, 3, [4, 5])
 
 
 def couple_matmul_integer(flow: Flow, node: ir.Node) -> None:
@@ -67,70 +64,9 @@ def _couple_product(flow: Flow, node: ir.Node, a: int, b: int, vectors: Sequence
     return None
 
 
-def couple_gemm(flow: Flow, node: ir.Node) -> None:
-    """QGemm: A, B and C with scales and zero points between."""
-    left = ["k", "m"] if integer(node, "transA", 0) else ["m", "k"]
-    right = ["n", "k"] if integer(node, "transB", 0) else ["k", "n"]
-    operands: Operands = [(0, left), (3, right), *_vectors(flow, node, [4, 5], "n")]
-    if operand(node, 6) is not None:
-        bias = flow.rank(node.inputs[6])
-        if bias is None:
-            return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape of C is not known")
-        operands.append((6, ["m", "n"][2 - bias :]))
-    return flow.set(node.outputs[0], flow.meet(node, operands, ["m", "n"]))
-
-
-def couple_conv(flow: Flow, node: ir.Node) -> None:
-    """QLinearConv: x and w with scales and zero points, then a bias."""
-    convolution.couple_convolution(flow, node, weight=3, bias=8, vectors=(4, 5))
-
-
 def couple_conv_integer(flow: Flow, node: ir.Node) -> None:
     """ConvInteger: x, w and their zero points."""
-    convolution.couple_convolution(flow, node, weight=1, bias=None, vectors=(3,))
-
-
-def rewrite_conv(surgeon: Surgeon, node: ir.Node) -> None:
-    """As Conv, with the weight at input 3."""
-    convolution.rewrite_groups(surgeon, node, weight=3)
-
-
-def macs_conv(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
-    """As Conv, with the weight at input 3."""
-    return convolution.macs_convolution(flow, node, weight=3)
-
-
-def couple_binary(flow: Flow, node: ir.Node) -> None:
-    """QLinearAdd and QLinearMul: operands 0 and 3, aligned at the right."""
-    _couple_aligned(flow, node, (0, 3))
-
-
-def couple_where(flow: Flow, node: ir.Node) -> None:
-    """QLinearWhere: the condition, then operands 1 and 4, aligned at the right."""
-    _couple_aligned(flow, node, (0, 1, 4))
-
-
-def _couple_aligned(flow: Flow, node: ir.Node, indices: Sequence[int]) -> None:
-    size = flow.rank(node.outputs[0])
-    ranks = [flow.rank(node.inputs[index]) for index in indices]
-    if size is None or None in ranks:
-        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
-    letters = list(range(size))
-    operands: Operands = [
-        (index, letters[size - (r or 0) :]) for index, r in zip(indices, ranks, strict=True)
-    ]
-    flow.set(node.outputs[0], flow.meet(node, operands, letters))
-    return None
-
-
-def couple_concat(flow: Flow, node: ir.Node) -> None:
-    """QLinearConcat: the result's scale and zero point, then operands, each with its own."""
-    indexing.couple_joined(flow, node, range(2, len(node.inputs), 3))
-
-
-def couple_softmax(flow: Flow, node: ir.Node) -> None:
-    """QLinearSoftmax says in an attribute which opset's Softmax it is."""
-    reduction.couple_compared(flow, node, old=integer(node, "opset", 13) < 13)
+    convolution.couple_convolution(flow, node, bias=None, vectors=(3,))
 
 
 # MatMulNBits multiplies by B (N, K) whose numbers are packed in blocks along K, each block with a
@@ -183,11 +119,6 @@ def rewrite_n_bits(surgeon: Surgeon, node: ir.Node) -> None:
             surgeon.set_integer(node, name, surgeon.size(value, len(surgeon.shape(value)) - 1))
 
 
-def couple_unary(flow: Flow, node: ir.Node) -> None:
-    """QLinearSigmoid and the like: scales are single numbers."""
-    flow.set(node.outputs[0], flow.blocks(node.inputs[0]))
-
-
 def couple_dynamic_quantise(flow: Flow, node: ir.Node) -> None:
     """DynamicQuantizeLinear finds its scale in the data: an exception of the law on every axis."""
     for block in flow.blocks(node.inputs[0]):
@@ -197,22 +128,11 @@ def couple_dynamic_quantise(flow: Flow, node: ir.Node) -> None:
 
 
 register(
-    "QLinearMatMul", "quantised", couple_matmul, macs=contraction.macs_matmul, reads=(0, 3, 4, 5)
-)
-register(
     "MatMulInteger",
     "quantised",
     couple_matmul_integer,
     macs=contraction.macs_matmul,
     reads=(0, 1, 3),
-)
-register(
-    "QLinearConv",
-    "quantised",
-    couple_conv,
-    rewrite=rewrite_conv,
-    macs=macs_conv,
-    reads=(0, 3, 4, 5, 8),
 )
 register(
     "ConvInteger",
@@ -239,26 +159,6 @@ register(
     reads=(0, 1, 2, 3, 4),
     domain=CONTRIB,
 )
-register(
-    "QGemm",
-    "quantised",
-    couple_gemm,
-    macs=contraction.macs_gemm,
-    reads=(0, 3, 4, 5, 6),
-    domain=CONTRIB,
-)
-register("QLinearAdd QLinearMul", "quantised", couple_binary, reads=(0, 3), domain=CONTRIB)
-register("QLinearSigmoid QLinearLeakyRelu", "quantised", couple_unary, reads=(0,), domain=CONTRIB)
-register(
-    "QLinearAveragePool QLinearGlobalAveragePool",
-    "quantised",
-    spatial.couple_pool,
-    reads=(0,),
-    domain=CONTRIB,
-)
-register("QLinearWhere", "quantised", couple_where, reads=(0, 1, 4), domain=CONTRIB)
-register("QLinearConcat", "quantised", couple_concat, domain=CONTRIB)
-register("QLinearSoftmax", "quantised", couple_softmax, reads=(0,), domain=CONTRIB)
 register(
     "MatMulNBits",
     "quantised",

@@ -60,14 +60,11 @@ def couple_inexact(flow: Flow, node: ir.Node) -> None:
 
 
 def couple_softmax(flow: Flow, node: ir.Node) -> None:
-    """Labels pass; along `axis` (before opset 13: from it on) positions are compared."""
-    couple_compared(flow, node, old=flow.opset(node) < 13)
+    """Labels pass; along `axis` (before opset 13: from it on) positions are compared.
 
-
-def couple_compared(flow: Flow, node: ir.Node, old: bool) -> None:
-    """A Softmax as defined before opset 13, or since. Of a joint block (a kernel for each head)
-    whole rows go, and none that stays changes."""
-    value, size = node.inputs[0], flow.rank(node.inputs[0])
+    Of a joint block (a kernel for each head) whole rows go, and none that stays changes.
+    """
+    value, size, old = node.inputs[0], flow.rank(node.inputs[0]), flow.opset(node) < 13
     if value is None or size is None:
         return flow.freeze_value(value, node, "UNKNOWN_SHAPE", "the shape is not known")
     axis = integer(node, "axis", 1 if old else -1) % max(size, 1)

@@ -1,0 +1,68 @@
+"""Integers, read as the floats they stand for, and written as they were.
+
+    QLinearConv(q, w, b)           ↔   QuantizeLinear(Conv(DequantizeLinear(q), …(w), …(b)))
+    Mul(Cast(MatMulInteger(q, w))) ↔   MatMul(DequantizeLinear(q), DequantizeLinear(w))
+    Mul(Cast(w), scale)            ↔   DequantizeLinear(w, scale)
+
+Both sides say the same numbers. The left is what files hold and devices take; the right is what
+coupling, criteria and repair know already, for which a Conv is a Conv wherever its numbers are
+stored. `as_given` spells back what `spell_in_floats` has changed, node by node, where the
+neighbours that it needs are still there; a node that has lost them stays as it was spelt.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from secateur.graphops.model.qdq import dynamic, operators
+from secateur.graphops.model.qdq.operators import FORMS
+from secateur.graphops.model.qdq.writing import Spell, Writer
+from secateur.graphops.model.unread import drop_unread, unread
+
+__all__ = ["FORMS", "as_given", "spell_in_floats"]
+
+_MARK = "secateur_spell_back"  # a node's: what makes of it what it was
+_SPELLINGS: dict[tuple[str, str], Spell] = {
+    **dict.fromkeys(FORMS, operators.spell),
+    ("", "MatMulInteger"): dynamic.spell_product,
+    ("", "ConvInteger"): dynamic.spell_product,
+    ("", "Mul"): dynamic.spell_weight,
+}
+
+
+def spell_in_floats(model: ir.Model) -> dict[str, str]:
+    """Spells operators on integers with those on floats, in place; those that are not as they are
+    mostly written are left.
+
+    Returns:
+        name of each vector that is new → name of the one that it is cut with.
+    """
+    writer = Writer(model)
+    for graph in model.graphs():
+        before = None
+        for node in list(graph):
+            spell = _SPELLINGS.get((node.domain, node.op_type))
+            if spell is None:
+                continue
+            before = unread(graph) if before is None else before
+            back = spell(writer, node)
+            if back is not None:
+                node.meta[_MARK] = back
+        if before is not None:
+            drop_unread(graph, before)
+    return writer.tied
+
+
+def as_given(model: ir.Model) -> ir.Model:
+    """The model with operators on integers where it had them; itself where it had none."""
+    if not any(_MARK in node.meta for graph in model.graphs() for node in graph):
+        return model
+    result = model.clone()
+    for graph in result.graphs():
+        before = unread(graph)
+        for node in list(graph):
+            back = node.meta.get(_MARK)
+            if back is not None and back(node):
+                del node.meta[_MARK]
+        drop_unread(graph, before)
+    return result
