@@ -11,7 +11,8 @@ included. A line is printed when a cell is done, and the table at the end, or wh
 
 What the goals are about comes first: original, default and l2 alone of every model, then other
 tools, then the criteria, model by model, the two ImageNet models last. `--criteria ''` stops
-before those. `--int8` adds the original in 8 bits and what the default makes of that.
+before those. `--int8` adds the original in 8 bits and what the default makes of that: in QDQ, with
+scales found at run time, and in operators on integers.
 `--cells FILE` keeps every cell that is done, and takes up where a run stopped.
 """
 
@@ -22,6 +23,7 @@ import json
 import logging
 import pathlib
 import resource
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,13 +31,14 @@ from typing import Any
 import onnxruntime
 import rivals
 from cells import add, entries, in_process
-from tasks import TASKS, Task
+from onnxruntime import quantization
+from tasks import TASKS, Feeds, Task
 
 import secateur
 
 TARGETS = (0.7, 0.5)
 ALONE = "l2 alone"
-INT8 = "int8 "  # before a column: of the model in 8 bits
+INT8 = ("int8 ", "dynamic ", "operators ")  # before a column: of the model in 8 bits
 SEE_DATA = (
     "activation",
     "rms",
@@ -84,10 +87,9 @@ class Cell:
 def run_cell(task: Task, column: str, target: float) -> Cell:
     """Prunes and scores, in this process."""
     model, calibration = task.model(), task.calibration()
-    if column.startswith(INT8):
-        column = column.removeprefix(INT8)
-        whole = secateur.Recipe(target={"channels": 1.0}, quantize="int8")
-        model = secateur.prune(model, whole, calibration=calibration, measure_latency=False).model
+    form, _, plain = column.rpartition(" ")
+    if f"{form} " in INT8:
+        model, column = in_8_bits(model, calibration, form), plain
     if column == "original":
         return Cell(score=task.measure(model))
     run, start, before = None, time.perf_counter(), time.process_time()
@@ -114,6 +116,43 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
     return Cell(score, macs, seconds, processor, peak)
 
 
+def in_8_bits(model: bytes, calibration: Any, form: str) -> bytes:
+    """A model quantised, and not pruned."""
+    if form == "operators":
+        return in_operators_on_integers(model, calibration)
+    how = {"int8": "int8", "dynamic": "int8-dynamic"}[form]
+    whole = secateur.Recipe.parse({"target": {"channels": 1.0}, "quantize": how})
+    return secateur.prune(model, whole, calibration=calibration, measure_latency=False).model
+
+
+def in_operators_on_integers(model: bytes, calibration: Feeds) -> bytes:
+    """Quantised by ONNX Runtime: QLinearConv and its like."""
+    count = min(map(len, calibration.values()))
+    batches = iter(
+        [
+            {name: array[start : start + 32] for name, array in calibration.items()}
+            for start in range(0, count, 32)
+        ]
+    )
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> Feeds | None:
+            return next(batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = (pathlib.Path(folder) / name for name in ("source.onnx", "result.onnx"))
+        source.write_bytes(model)
+        quantization.quantize_static(
+            source,
+            result,
+            Reader(),
+            quant_format=quantization.QuantFormat.QOperator,
+            per_channel=True,
+            reduce_range=True,
+        )
+        return result.read_bytes()
+
+
 def in_order(
     tasks: list[Task], criteria: list[str], with_rivals: bool, with_int8: bool
 ) -> list[Key]:
@@ -121,7 +160,8 @@ def in_order(
     first = [("original", TARGETS[0])]
     first += [(column, target) for column in ("default", ALONE) for target in TARGETS]
     if with_int8:
-        first += [(f"{INT8}original", TARGETS[0]), *((f"{INT8}default", t) for t in TARGETS)]
+        for form in INT8:
+            first += [(f"{form}original", TARGETS[0]), *((f"{form}default", t) for t in TARGETS)]
     order = [(task.name, *cell) for cell in first for task in tasks]
     for rival in (ONNXSIM, TORCH_PRUNING) if with_rivals else ():
         some = [task for task in tasks if rival == ONNXSIM or task.name in RESNETS]
