@@ -119,6 +119,8 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
 def in_8_bits(model: bytes, calibration: Any, form: str) -> bytes:
     """A model quantised, and not pruned."""
     if form == "operators":
+        if not isinstance(calibration, dict):
+            raise ValueError("folders: ONNX Runtime's quantiser takes batches of arrays")
         return in_operators_on_integers(model, calibration)
     how = {"int8": "int8", "dynamic": "int8-dynamic"}[form]
     whole = secateur.Recipe.parse({"target": {"channels": 1.0}, "quantize": how})

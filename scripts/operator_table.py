@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import onnx
 
 from secateur.graphops import rules
-from secateur.graphops.model.qdq import FORMS
+from secateur.graphops.model.spelling import SPELT
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "operator_table.md"
 OLDEST = 7  # older opsets than that are not promised
@@ -28,8 +28,8 @@ around: what reaches it stays whole, and the report names it with the reason giv
 
 *Opsets* are the versions at which the operator's definition changed. *Family* says how channels
 pass; [operators.md](operators.md) tells what the families are. Files are in
-`secateur/graphops/rules/`. Operators on integers that say the same as one on floats are read as
-that one, between DequantizeLinear and QuantizeLinear, and written as they were.
+`secateur/graphops/rules/`. Operators that say the same as a plain one, on integers or joined to an
+activation, are spelt out to be read as that one, and written as they were.
 """
 
 
@@ -58,8 +58,8 @@ def _file(rule: rules.Rule) -> str:
 def _spelt(domain: str) -> dict[str, str]:
     """Operator → what the table says of it, of those that are spelt with one on floats."""
     return {
-        name: f"as {form.operator} on floats | model/qdq/operators.py"
-        for (home, name), form in FORMS.items()
+        name: f"as {plain} | model/spelling"
+        for (home, name), plain in SPELT.items()
         if home == domain
     }
 
@@ -99,7 +99,7 @@ def page() -> str:
     lines += ["", "## Other domains, without a rule on purpose", ""]
     lines += ["| operator | reason |", "|---|---|"]
     for (domain, name), sentence in sorted(rules.all_reasons().items()):
-        if domain and (domain, name) not in FORMS:
+        if domain and (domain, name) not in SPELT:
             lines.append(f"| {domain}::{name} | {sentence} |")
     return "\n".join(lines) + "\n"
 

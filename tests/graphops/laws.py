@@ -29,7 +29,7 @@ from secateur.graphops.model.shapes import infer_shapes
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.cut import cut
 from secateur.graphops.verify.examples import example_feeds
-from secateur.graphops.verify.law import check_law, in_floats
+from secateur.graphops.verify.law import check_law, spelt_out
 from secateur.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -143,7 +143,7 @@ def check_operator(
 
     None when the result has no such node any more (its readers read constants now).
     """
-    pruned = in_floats(result.model)
+    pruned = spelt_out(result.model)
     rewritten = next((item for item in pruned.graph.node if item.name == name), None)
     if rewritten is None:
         return None

@@ -22,11 +22,11 @@ import secateur
 from secateur.errors import Code, Refused
 from secateur.graphops import rules
 from secateur.graphops.model.opening import open_model
-from secateur.graphops.model.qdq import FORMS
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.model.shapes import Shapes, infer_shapes
-from secateur.graphops.verify.law import check_law, in_floats
+from secateur.graphops.model.spelling import SPELT
+from secateur.graphops.verify.law import check_law, spelt_out
 
 RUNNABLE = [pytest.param(row, id=row.id) for row in ROWS if row.freezes is None]
 FREEZING = [row for row in ROWS if row.freezes is not None]
@@ -64,7 +64,7 @@ def test_every_row_has_a_rule() -> None:
         row.id
         for row in ROWS
         if rules.find(row.domain, row.op, _version(row)) is None
-        and (row.domain, row.op) not in FORMS
+        and (row.domain, row.op) not in SPELT
     ]
     assert not unknown
 
@@ -190,7 +190,7 @@ def test_without_rounding_a_model_computes_nearly_what_it_did() -> None:
     model = quantised_as_it_runs()
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
     wanted = open_session(model.SerializeToString()).run(None, {"x": x})[0]
-    model = in_floats(model.SerializeToString())
+    model = spelt_out(model.SerializeToString())
     assert leave_rounding_out(model)
     found = open_session(model.SerializeToString()).run(None, {"x": x})[0]
     difference = np.abs(found - wanted).max() / np.abs(wanted).max()

@@ -19,8 +19,8 @@ from onnxruntime.quantization import QuantFormat, QuantType
 import secateur
 import secateur.graphops
 from secateur.graphops.model.opening import open_model
-from secateur.graphops.model.qdq import spell_in_floats
 from secateur.graphops.model.quantised import scaled_constants
+from secateur.graphops.model.spelling import spell_out
 from secateur.graphops.repair.integers import rounded
 from secateur.graphops.verify.law import LawCheck, check_law
 
@@ -163,7 +163,7 @@ def test_what_integers_stand_for(op_type: str) -> None:
         y = net.op(op_type, x, step, middle, *operands, step, middle)
         net.output(net.op("DequantizeLinear", y, step, middle))
     model = open_model(net.bytes()).model
-    spell_in_floats(model)
+    spell_out(model)
     shape = [1] * rank
     shape[axis] = 5
     wanted = (weight.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape)

@@ -65,20 +65,6 @@ def products(net: Net) -> str:
     return net.op("FusedMatMul", x, net.floats(BATCH, 3, LENGTH), **options)
 
 
-def fused_conv(activation: str, params: list[float], z: bool = False) -> Build:
-    def build(net: Net) -> str:
-        x = net.input("x", [BATCH, 3, 6, 6])
-        operands = [net.floats(4, 3, 3, 3), net.floats(4)]
-        if z:
-            operands.append(net.floats(BATCH, 4, 4, 4))
-        options = {"activation": activation} if activation else {}
-        if params:
-            options["activation_params"] = params  # type: ignore[assignment]
-        return net.op("FusedConv", x, *operands, kernel_shape=[3, 3], domain=MS, **options)
-
-    return build
-
-
 def separate(bias: bool = False, shift: bool = False, **attributes: object) -> Build:
     def build(net: Net) -> str:
         x = net.input("x", [BATCH, LENGTH, WIDTH])
@@ -127,11 +113,6 @@ FORMS: dict[str, Build] = {
     "FastGelu, bias": sequence("FastGelu", (WIDTH,)),
     "QuickGelu": sequence("QuickGelu", alpha=1.3),
     "FusedMatMul": products,
-    "FusedConv": fused_conv("", []),
-    "FusedConv, LeakyRelu": fused_conv("LeakyRelu", [0.2]),
-    "FusedConv, Clip": fused_conv("Clip", [-0.1, 0.5]),
-    "FusedConv, HardSigmoid": fused_conv("HardSigmoid", [0.3, 0.6]),
-    "FusedConv, sum": fused_conv("Relu", [], z=True),
     "SkipLayerNormalization": summed(
         "SkipLayerNormalization", (BATCH, LENGTH, WIDTH), (WIDTH,), (WIDTH,), (WIDTH,)
     ),

@@ -241,33 +241,6 @@ def _fused_matmul(write: Respelling, node: onnx.NodeProto) -> bool:
     return True
 
 
-_ACTIVATIONS = {
-    "": (),
-    "Relu": (),
-    "Sigmoid": (),
-    "Tanh": (),
-    "Clip": (),
-    "LeakyRelu": ("alpha",),
-    "HardSigmoid": ("alpha", "beta"),
-}
-
-
-@_spells("FusedConv", domain=CONTRIB)
-def _fused_conv(write: Respelling, node: onnx.NodeProto) -> bool:
-    """Conv, then the sum with Z, then an activation."""
-    given = _attributes(node)
-    activation = given.pop("activation", b"").decode()
-    numbers = given.pop("activation_params", [])
-    if activation not in _ACTIVATIONS:
-        return False
-    operands = [name for name in node.input[:3] if name]
-    y = _plus(write, write.op("Conv", *operands, **given), _operand(node, 3))
-    options = dict(zip(_ACTIVATIONS[activation], numbers, strict=False))
-    bounds = map(write.floats, numbers) if activation == "Clip" else ()
-    write.op(activation or "Identity", y, *bounds, gives=node.output[0], **options)
-    return True
-
-
 @_spells("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=CONTRIB)
 def _skip_norm(write: Respelling, node: onnx.NodeProto) -> bool:
     """The normalisation of input + skip + bias; that sum is the fourth output."""

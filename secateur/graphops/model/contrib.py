@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import integer, integers
@@ -26,17 +25,6 @@ def infer(node: ir.Node, inputs: Shapes) -> list[Shape | None] | None:
         return function(node, inputs)
     except (IndexError, ValueError, TypeError, AttributeError):
         return None
-
-
-def as_standard(node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The standard node with the same shapes, None where there is none: FusedConv is as Conv."""
-    if (node.domain, node.op_type) != (CONTRIB, "FusedConv"):
-        return None
-    known = onnx.defs.get_schema("Conv").attributes
-    standard = onnx.NodeProto(op_type="Conv", output=node.output[:1])
-    standard.input.extend(node.input[:2])
-    standard.attribute.extend(item for item in node.attribute if item.name in known)
-    return standard
 
 
 def _first(node: ir.Node, inputs: Shapes) -> list[Shape | None]:
@@ -125,7 +113,6 @@ _OTHERS: _Table = {
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "FusedMatMul": _matmul(0, 1),
-    "FusedGemm": _matmul(0, 1),
     "MatMulIntegerToFloat": _matmul(0, 1),
     "DynamicQuantizeMatMul": _matmul(0, 1),
     "MultiHeadAttention": _attention,

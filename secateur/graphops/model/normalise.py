@@ -9,7 +9,7 @@ stay one tensor.
 
 A vector of weights that the model writes into before it reads it, as `bias[a:b] = 0` is exported,
 is a constant, and becomes one. Sequences of tensors come apart (see `sequences`), and operators on
-integers are spelt with those on floats (see `qdq`).
+integers are spelt with those on floats (see `spelling`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from secateur.graphops.model import arithmetic, sequences
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.graph import constant_of
 from secateur.graphops.model.names import free_name
-from secateur.graphops.model.qdq import spell_in_floats
+from secateur.graphops.model.spelling import spell_out
 from secateur.graphops.model.unread import drop_unread, unread
 
 _RESOLVED = {*sequences.OPERATORS, "ScatterND"}
@@ -43,7 +43,7 @@ def normalise(model: ir.Model) -> Mapping[str, str]:
         sequences.spread(model)
         _settle_written(graph)
         drop_unread(graph, before)
-    tied = spell_in_floats(model)
+    tied = spell_out(model)
     copies = {**tied, **_unshare(model)}
     if model.ir_version < 4:  # where the specification wants every initializer among the inputs
         new = [value for name, value in graph.initializers.items() if name not in given]

@@ -618,16 +618,10 @@ class _Skeleton:
     ) -> list[_Type | None] | None:
         """Types of the outputs; None where the inputs' sizes disagree."""
         unknown: list[_Type | None] = [None] * len(outputs)
-        domain = node.domain
-        standard = contrib.as_standard(node)
-        if standard is not None:  # whose types the standard operator does not allow
-            elements = types[standard.input[0]][0]
-            types = {name: (1, *found[1:]) for name, found in types.items()}
-            node, domain = standard, ""
-        if not onnx.defs.has(node.op_type, domain):
+        if not onnx.defs.has(node.op_type, node.domain):
             return unknown
         try:
-            schema = _schema(node.op_type, self._opsets.get(domain, 1), domain)
+            schema = _schema(node.op_type, self._opsets.get(node.domain, 1), node.domain)
             inferred = onnx.shape_inference.infer_node_outputs(
                 schema,
                 node,
@@ -640,10 +634,7 @@ class _Skeleton:
             return None if _contradicts(error) else unknown
         except Exception:  # no schema, or the node is malformed: unknown is a valid answer
             return unknown
-        answer = [_as_type(inferred[name]) if name in inferred else None for name in outputs]
-        if standard is not None:
-            answer = [(elements, *found[1:]) if found is not None else None for found in answer]
-        return answer
+        return [_as_type(inferred[name]) if name in inferred else None for name in outputs]
 
 
 def _bodies_told(step: _Step, facts: _Facts) -> bool:

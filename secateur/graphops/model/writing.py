@@ -10,7 +10,7 @@ import onnx_ir as ir
 from secateur.graphops.model import maps
 from secateur.graphops.model.aside import model_beside
 from secateur.graphops.model.opening import self_contained
-from secateur.graphops.model.qdq import as_given
+from secateur.graphops.model.spelling import as_given
 from secateur.result import WeightsFile
 
 # protobuf holds less than 2 GiB; nodes and shapes want some of it.

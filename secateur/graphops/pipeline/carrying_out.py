@@ -14,7 +14,7 @@ from secateur.graphops.calibration.mirrored import mirror, mirror_axis
 from secateur.graphops.calibration.network import Network
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.model.graph import constants
-from secateur.graphops.model.qdq import as_given
+from secateur.graphops.model.spelling import as_given
 from secateur.graphops.pipeline.analysed import Analysed
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.dividing import Choice

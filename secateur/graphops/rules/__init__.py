@@ -14,8 +14,8 @@
 | spatial | pooling, Resize, depth-to-space |
 | attention | fused attention, rotary embedding |
 | experts | mixtures of experts in one node |
-| fused | what ONNX Runtime's optimizers emit |
-| quantised | QLinear operators and the like |
+| fused | what ONNX Runtime's optimizers emit, but for what `model.spelling` spells out |
+| quantised | products of integers, likewise |
 | control | If, Loop, Scan and their bodies |
 | source | Constant, ConstantOfShape, Shape arithmetic |
 | frozen | what has no rule on purpose, and why |

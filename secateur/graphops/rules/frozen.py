@@ -6,7 +6,7 @@ Each sentence is what a report says of a channel that such an operator keeps.
 from __future__ import annotations
 
 from secateur.graphops.model.contrib import CONTRIB, LEARN
-from secateur.graphops.model.qdq import FORMS
+from secateur.graphops.model.spelling import SPELT
 from secateur.graphops.rules.registry import explain
 
 explain(
@@ -70,11 +70,11 @@ explain(
     "its numbers are packed in blocks that run over rows",
     domain=CONTRIB,
 )
-for _domain, _op_type in FORMS:
+for _domain, _op_type in SPELT:
     explain(
         _op_type,
-        "its scales are not constants, or it has another layout than the operator on floats that "
-        "it stands for",
+        "its scales are not constants, or an attribute says what the plain operator that it stands "
+        "for cannot say",
         domain=_domain,
     )
 explain(

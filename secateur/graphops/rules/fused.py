@@ -9,7 +9,7 @@ from secateur.graphops.coupling.labels import single
 from secateur.graphops.coupling.units import Axis
 from secateur.graphops.model.attributes import integer, operand
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.rules import contraction, convolution, elementwise
+from secateur.graphops.rules import contraction, elementwise
 from secateur.graphops.rules.registry import register
 
 
@@ -56,19 +56,6 @@ def macs_fused_matmul(flow: Flow, node: ir.Node) -> list[tuple[Axis, ...]]:
     return [(*contraction.all_axes(flow, node.outputs[0]), (str(a.name if a else ""), place))]
 
 
-def couple_fused_conv(flow: Flow, node: ir.Node) -> None:
-    """Conv, then the sum with Z, then an activation."""
-    convolution.couple_conv(flow, node)
-    z = operand(node, 3)
-    if z is not None:
-        own, other = flow.axis(node.outputs[0], 1), flow.axis(z, 1)
-        for labels, partner in ((own, other), (other, own)):
-            if labels is not None and partner is None:
-                flow.freeze(labels, node, "BARE_AXIS", "meets positions that cannot be cut")
-        if own is not None and other is not None:
-            flow.join(node, own, other)
-
-
 def couple_embed_norm(flow: Flow, node: ir.Node) -> None:
     """Word, position and segment tables and the normalisation run along the hidden axis."""
     lines = []
@@ -106,14 +93,3 @@ register(
     domain=CONTRIB,
 )
 register("FusedMatMul", "contraction", couple_fused_matmul, macs=macs_fused_matmul, domain=CONTRIB)
-register(
-    "FusedGemm", "contraction", contraction.couple_gemm, macs=contraction.macs_gemm, domain=CONTRIB
-)
-register(
-    "FusedConv",
-    "convolution",
-    couple_fused_conv,
-    rewrite=convolution.rewrite_conv,
-    macs=convolution.macs_conv,
-    domain=CONTRIB,
-)

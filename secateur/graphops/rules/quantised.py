@@ -1,7 +1,7 @@
 """Operators on quantised integers: the plain rules, with scales and zero points beside.
 
 Those that say the same as one on floats, QLinearConv and its like, are spelt as that one before
-any rule is asked (`model.qdq`).
+any rule is asked (`model.spelling`).
 
 A scale or zero point is one number, or one per output channel of the weight; then it is cut with
 them. Zero points shift integers, so a zero of the law is a zero of the real value.

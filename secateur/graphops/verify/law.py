@@ -29,10 +29,10 @@ from secateur.graphops.coupling.units import Coupling
 from secateur.graphops.model.constants import add_initializer
 from secateur.graphops.model.normalise import normalise
 from secateur.graphops.model.opening import ModelSource, open_model, self_contained
-from secateur.graphops.model.qdq import FORMS, spell_in_floats
 from secateur.graphops.model.rounding import leave_rounding_out
 from secateur.graphops.model.runtime import Session, open_session
 from secateur.graphops.model.shapes import Shape, Shapes, infer_shapes
+from secateur.graphops.model.spelling import ON_INTEGERS, spell_out
 from secateur.graphops.planning import replay
 from secateur.graphops.surgery.bypass import bypass
 from secateur.graphops.verify.examples import example_feeds
@@ -46,7 +46,7 @@ _ZERO_POINTS = {
     "MatMulIntegerToFloat": 4,
     "QAttention": 6,
 }
-_ON_INTEGERS = {*_ZERO_POINTS, "DynamicQuantizeMatMul", *(op_type for _, op_type in FORMS)}
+_ON_INTEGERS = {*_ZERO_POINTS, "DynamicQuantizeMatMul", *ON_INTEGERS}
 _ROUNDS_ALIKE = 1e-3  # difference up to which nothing was rounded to another step
 # Operators that choose and weigh inside; what is not there has a logit of −∞.
 _ROUTED = ("MoE", "QMoE")
@@ -92,17 +92,17 @@ def check_law(source: ModelSource, result: Result) -> LawCheck:
     models = [ir.to_proto(self_contained(reference)), onnx.load_from_string(result.model)]
     difference = _difference(models, feeds)
     if difference > _ROUNDS_ALIKE:
-        models[1] = in_floats(result.model)
+        models[1] = spelt_out(result.model)
         left_out = [leave_rounding_out(one) for one in models]
         if all(left_out):
             return LawCheck(_difference(models, feeds), exceptions, rounded=False)
     return LawCheck(difference, exceptions)
 
 
-def in_floats(model: bytes) -> onnx.ModelProto:
-    """A model as the coupling reads it: operators on integers spelt with those on floats."""
+def spelt_out(model: bytes) -> onnx.ModelProto:
+    """A model as the coupling reads it."""
     opened = open_model(model).model
-    spell_in_floats(opened)
+    spell_out(opened)
     return ir.to_proto(self_contained(opened))
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from secateur.graphops.model.attributes import operand
 from secateur.graphops.model.constants import set_constant
 from secateur.graphops.model.graph import constant_of
-from secateur.graphops.model.qdq.writing import (
+from secateur.graphops.model.spelling.writing import (
     DEQUANTIZE,
     Back,
     Writer,

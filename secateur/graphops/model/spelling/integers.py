@@ -13,7 +13,7 @@ import onnx_ir as ir
 from secateur.graphops.model.attributes import integer, operand, real
 from secateur.graphops.model.contrib import CONTRIB
 from secateur.graphops.model.graph import constant_of
-from secateur.graphops.model.qdq.writing import (
+from secateur.graphops.model.spelling.writing import (
     AXIS_SINCE,
     QUANTIZE,
     Back,

@@ -1,38 +1,41 @@
-"""Integers, read as the floats they stand for, and written as they were.
+"""Operators that say the same as plain ones, spelt out to be read, and written as they were.
 
     QLinearConv(q, w, b)           ↔   QuantizeLinear(Conv(DequantizeLinear(q), …(w), …(b)))
     Mul(Cast(MatMulInteger(q, w))) ↔   MatMul(DequantizeLinear(q), DequantizeLinear(w))
     Mul(Cast(w), scale)            ↔   DequantizeLinear(w, scale)
+    FusedConv(x, w, b, z)          ↔   Relu(Add(Conv(x, w, b), z))
 
-Both sides say the same numbers. The left is what files hold and devices take; the right is what
-coupling, criteria and repair know already, for which a Conv is a Conv wherever its numbers are
-stored. `as_given` spells back what `spell_in_floats` has changed, node by node, where the
-neighbours that it needs are still there; a node that has lost them stays as it was spelt.
+The left is what files hold and devices take; the right is what coupling, criteria and repair know
+already, for which a Conv is a Conv wherever its numbers are stored and whatever is joined to it.
+`as_given` spells back what `spell_out` has changed, node by node, where the neighbours that it
+needs are still there; a node that has lost them stays as it was spelt.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from secateur.graphops.model.qdq import dynamic, operators
-from secateur.graphops.model.qdq.operators import FORMS
-from secateur.graphops.model.qdq.writing import Spell, Writer
+from secateur.graphops.model.spelling import dynamic, fused, integers
+from secateur.graphops.model.spelling.writing import Spell, Writer
 from secateur.graphops.model.unread import drop_unread, unread
 
-__all__ = ["FORMS", "as_given", "spell_in_floats"]
+__all__ = ["ON_INTEGERS", "SPELT", "as_given", "spell_out"]
 
 _MARK = "secateur_spell_back"  # a node's: what makes of it what it was
+# What is spelt with one plain operator, and only that: domain, operator → the plain one.
+SPELT = {key: form.operator for key, form in integers.FORMS.items()} | fused.OPERATORS
+ON_INTEGERS = {op_type for _, op_type in integers.FORMS}
 _SPELLINGS: dict[tuple[str, str], Spell] = {
-    **dict.fromkeys(FORMS, operators.spell),
+    **dict.fromkeys(integers.FORMS, integers.spell),
+    **dict.fromkeys(fused.OPERATORS, fused.spell),
     ("", "MatMulInteger"): dynamic.spell_product,
     ("", "ConvInteger"): dynamic.spell_product,
     ("", "Mul"): dynamic.spell_weight,
 }
 
 
-def spell_in_floats(model: ir.Model) -> dict[str, str]:
-    """Spells operators on integers with those on floats, in place; those that are not as they are
-    mostly written are left.
+def spell_out(model: ir.Model) -> dict[str, str]:
+    """Spells operators out, in place; those that are not as they are mostly written are left.
 
     Returns:
         name of each vector that is new → name of the one that it is cut with.
@@ -54,7 +57,7 @@ def spell_in_floats(model: ir.Model) -> dict[str, str]:
 
 
 def as_given(model: ir.Model) -> ir.Model:
-    """The model with operators on integers where it had them; itself where it had none."""
+    """The model with the operators that it had; itself where none was spelt out."""
     if not any(_MARK in node.meta for graph in model.graphs() for node in graph):
         return model
     result = model.clone()

@@ -1,4 +1,4 @@
-"""What every spelling writes and asks: QuantizeLinear, DequantizeLinear, and nodes made others."""
+"""What every spelling writes and asks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Writer:
             assert reader.graph is not None
             assert integers is not None
             name = self.name(f"{integers.name}_real")
-            made = self._node(DEQUANTIZE, stored, name, integers, type_by(scale))
+            made = _node(self.domain, DEQUANTIZE, stored, name, integers, type_by(scale))
             if (tensor := constant_of(scale)) is not None and tensor.size > 1:
                 made.attributes["axis"] = ir.AttrInt64("axis", axis)
             reader.graph.insert_before(reader, made)
@@ -85,27 +85,38 @@ class Writer:
 
     def quantise(self, node: ir.Node, scale: ir.Value | None, zero: ir.Value | None) -> None:
         """Rounds what a node puts out; the integers have the name and the readers that it had."""
+        self.follow(node, self.domain, QUANTIZE, [None, scale, zero])
+        node.outputs[0].type = type_by(scale)
+
+    def follow(self, node: ir.Node, domain: str, op_type: str, inputs: Operand) -> ir.Node:
+        """A new node between another and its readers; what it puts out has the name of theirs.
+
+        Args:
+            node: the other.
+            domain, op_type, inputs: of the new node; its first input is what the other puts out.
+        """
         y, name = node.outputs[0], str(node.outputs[0].name)
-        y.name = self.name(f"{name}_real")
-        made = self._node(QUANTIZE, [None, scale, zero], name, y, y.type)
+        y.name = self.name(f"{name}_before_{op_type}")
+        made = _node(domain, op_type, inputs, name, y, y.type)
         assert node.graph is not None
         node.graph.insert_after(node, made)
         y.replace_all_uses_with(made.outputs[0], replace_graph_outputs=True)
         made.replace_input_with(0, y)
-        y.type = type_by(scale)
-
-    def _node(
-        self,
-        op_type: str,
-        inputs: Operand,
-        name: str,
-        like: ir.Value,
-        kind: ir.TypeProtocol | None,
-    ) -> ir.Node:
-        made = ir.Node(self.domain, op_type, inputs, name=f"{name}_{op_type}")
-        y = made.outputs[0]
-        y.name, y.shape, y.type = name, like.shape, kind
         return made
+
+
+def _node(
+    domain: str,
+    op_type: str,
+    inputs: Operand,
+    name: str,
+    like: ir.Value,
+    kind: ir.TypeProtocol | None,
+) -> ir.Node:
+    made = ir.Node(domain, op_type, inputs, name=f"{name}_{op_type}")
+    y = made.outputs[0]
+    y.name, y.shape, y.type = name, like.shape, kind
+    return made
 
 
 Spell = Callable[[Writer, ir.Node], Back | None]  # None: the node is left as it is
