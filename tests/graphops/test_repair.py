@@ -401,3 +401,15 @@ def test_what_cannot_be_done_is_refused(fields: Any, calibrated: bool, code: Cod
             redundant(), secateur.Recipe(**fields), calibration=images() if calibrated else None
         )
     assert caught.value.refusal.code is code
+
+
+def test_the_report_names_layers_that_no_refit_knows() -> None:
+    net = Net()
+    x = net.dense(net.input("x", ["N", 5, 8]), 8, 16)
+    y = net.op("Einsum", net.op("Relu", x), net.floats(4, 4, 16), equation="btd,hkd->bthk")
+    net.output(net.dense(net.op("Reshape", y, net.ints(0, 0, 16)), 16, 3))
+    samples = np.random.default_rng(0).standard_normal((64, 5, 8)).astype(np.float32)
+    recipe = secateur.Recipe(target={"channels": 0.5})
+    result = secateur.prune(net.bytes(), recipe, calibration={"x": samples}, measure_latency=False)
+    (text,) = (text for text in result.report.warnings if "are not repaired" in text)
+    assert text.startswith("1 layers") and "einsum" in text

@@ -22,7 +22,7 @@ from secateur.graphops.pipeline.structure import observe
 from secateur.graphops.planning.drift import Answers
 from secateur.graphops.repair.expectation import fold
 from secateur.graphops.repair.joint import refit_together
-from secateur.graphops.repair.repair import quantised, repair
+from secateur.graphops.repair.repair import left, repair
 from secateur.graphops.sparsity.sparsify import sparsify
 from secateur.graphops.surgery.cut import cut
 from secateur.plan import KeptTensor
@@ -35,7 +35,7 @@ class CarriedOut:
     """A choice, carried out: the pruned model, and what each stage says of it.
 
     Attributes:
-        quantised: layers whose weights repair had to leave as they were.
+        left: labels of layers whose weights repair had to leave as they were.
     """
 
     choice: Choice
@@ -43,7 +43,7 @@ class CarriedOut:
     kept: tuple[KeptTensor, ...]
     repair: tuple[RepairStep, ...] = ()
     folded: tuple[Folded, ...] = ()
-    quantised: int = 0
+    left: tuple[str, ...] = ()
     sparse_weights: tuple[SparseWeight, ...] = ()
 
 
@@ -99,7 +99,7 @@ def carry_out(
             done = replace(done, sparse_weights=sparse_weights)
     if recipe.repair and done.kept:
         fitted_by = None if samples is None else coupling.shapes
-        done = replace(done, quantised=quantised(done.model, fitted_by))
+        done = replace(done, left=left(done.model, fitted_by))
     return _as_given(done)
 
 

@@ -204,7 +204,7 @@ def prune_unverified(
             *(f"the model has no {kind} that may go" for kind in choice.absent),
             *turned.warnings,
             *choice.decision.warnings,
-            *unrepaired(done.quantised),
+            *unrepaired(done.left, samples is not None),
             *too_wide(sparse_weights, recipe),
         ),
         feeds=feeds,

@@ -136,22 +136,33 @@ def too_wide(weights: Sequence[SparseWeight], recipe: Recipe) -> tuple[str, ...]
     others = [one for one in weights if one.criterion not in ("", recipe.weight_criterion)]
     if not others:
         return ()
-    named = ", ".join(one.node for one in others[:5])
     return (
         f"{len(others)} weight matrices are wider than {WIDEST} inputs, too wide for second "
-        f"moments: their weights were ranked by magnitude ({named}"
-        f"{', …' if len(others) > 5 else ''})",
+        f"moments: their weights were ranked by magnitude ({_first_of([o.node for o in others])})",
     )
 
 
-def unrepaired(quantised: int) -> tuple[str, ...]:
-    """What repair leaves as it is."""
-    if not quantised:
+def _first_of(labels: Sequence[str]) -> str:
+    return ", ".join([*labels[:5], *(["…"] if len(labels) > 5 else [])])
+
+
+def unrepaired(left: Sequence[str], with_data: bool) -> tuple[str, ...]:
+    """What repair leaves as it is.
+
+    Args:
+        left: labels of layers.
+        with_data: whether there were data to refit by.
+    """
+    if not left:
         return ()
+    if with_data:
+        return (
+            f"{len(left)} layers are not repaired: the refit does not know their operator, or this "
+            f"form of it ({_first_of(left)})",
+        )
     return (
-        f"{quantised} layers have quantised weights that are not repaired: give calibration data, "
-        "by which all are refitted but those packed in blocks; or prune the model that was "
-        "quantised, and quantise the result (--quantize)",
+        f"{len(left)} layers have quantised weights that are not repaired: give calibration data; "
+        "or prune the model that was quantised, and quantise the result (--quantize)",
     )
 
 

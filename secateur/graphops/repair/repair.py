@@ -15,7 +15,7 @@ from secateur.graphops.calibration.moments import WIDEST, linear_maps, sample_pl
 from secateur.graphops.calibration.network import Network, OutputShapes, Piece, last_uses
 from secateur.graphops.calibration.observed import Observed
 from secateur.graphops.coupling.units import Coupling
-from secateur.graphops.model.graph import constant_of, node_label
+from secateur.graphops.model.graph import constant_of, node_label, walk
 from secateur.graphops.model.shapes import Shapes
 from secateur.graphops.repair.fit import Fitted, Sums
 from secateur.graphops.repair.gates import Gates, input_weight
@@ -139,8 +139,9 @@ def repairable(model: ir.Model, shapes: Shapes) -> list[Repairable]:
     return [one for one in found if one is not None]
 
 
-def quantised(model: ir.Model, shapes: Shapes | None) -> int:
-    """How many products have quantised weights that repair leaves as they are.
+def left(model: ir.Model, shapes: Shapes | None) -> tuple[str, ...]:
+    """Labels of products with constant weights that repair leaves as they are: in fused operators,
+    in bodies, packed in blocks. Without data only those are meant that are quantised.
 
     Args:
         model: the pruned one.
@@ -148,14 +149,15 @@ def quantised(model: ir.Model, shapes: Shapes | None) -> int:
     """
     opsets = dict(model.opset_imports)
     fitted = {target.node for target in repairable(model, shapes)} if shapes is not None else set()
-    count = 0
-    for node in model.graph:
+    found = []
+    for node in walk(model.graph):
         rule = rules.of(node, opsets)
         if rule is None or rule.macs is None or node in fitted:
             continue
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
-        count += rule.family == "quantised" or (rule.linear is not None and _dequantised(weight))
-    return count
+        integers = rule.family == "quantised" or any(map(_dequantised, node.inputs))
+        if integers or (shapes is not None and any(map(_is_matrix, node.inputs))):
+            found.append(node_label(node))
+    return tuple(found)
 
 
 def _dequantised(value: ir.Value | None) -> bool:
@@ -164,6 +166,11 @@ def _dequantised(value: ir.Value | None) -> bool:
     if node is None or node.op_type != "DequantizeLinear":
         return False
     return constant_of(node.inputs[0]) is not None
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    tensor = constant_of(value)
+    return tensor is not None and len(tensor.shape) > 1
 
 
 def _y(target: Repairable) -> str:
