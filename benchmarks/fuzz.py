@@ -53,7 +53,8 @@ Random = random.Random
 @functools.cache
 def bases() -> tuple[tuple[str, bytes], ...]:
     """Models to start from, by name."""
-    found = {f"row {name}": content for name, content in (*_rows(), *_sequences())}
+    models = (*_rows(), *_sequences(), *_spelt_out())
+    found = {f"row {name}": content for name, content in models}
     for path in sorted((ROOT / "examples" / "digits").glob("*.onnx")):
         found[path.name] = path.read_bytes()
     for path in sorted(ZOO.glob("*.onnx.xz")):
@@ -83,6 +84,16 @@ def _sequences() -> Iterator[tuple[str, bytes]]:
 
     for build, opset in SEQUENCES:
         yield f"{build.__name__}, opset {opset}", net_of(build, opset).SerializeToString()
+
+
+def _spelt_out() -> Iterator[tuple[str, bytes]]:
+    """Models with operators that are spelt out before any rule sees them."""
+    from test_laws import quantised_as_it_runs
+    from test_spelling import FORMS, net_of
+
+    yield "products of integers", quantised_as_it_runs().SerializeToString()
+    for name, (operator, build) in FORMS.items():
+        yield f"{operator}, {name}", net_of(build).SerializeToString()
 
 
 def make(seed: int, number: int) -> tuple[str, bytes]:

@@ -138,3 +138,21 @@ def test_an_activation_that_is_not_known_stays_whole() -> None:
     source = net_of(fused_conv("Softplus", []))
     with pytest.raises(secateur.Refused):
         secateur.graphops.prune(source, secateur.Recipe(target={"channels": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("activation", 1.0), ("activation_params", 3), ("pads", [0.5]), ("activation", b"Lea\xeb")],
+)
+def test_a_node_that_is_not_as_it_is_defined_is_left(name: str, value: object) -> None:
+    source = net_of(FORMS["LeakyRelu"][1])
+    (node,) = (node for node in source.graph.node if node.op_type == "FusedConv")
+    kept = [item for item in node.attribute if item.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+    model = open_model(source).model
+    before = lines(model)
+    spell_out(model)
+    assert lines(model) == before
+    with pytest.raises(secateur.Refused):
+        secateur.graphops.prune(source, secateur.Recipe(target={"channels": 0.5}))

@@ -13,6 +13,7 @@ from secateur.graphops import rules
 from secateur.graphops.coupling import branches, units
 from secateur.graphops.coupling.flow import Flow
 from secateur.graphops.coupling.units import Coupling, MacTerm
+from secateur.graphops.model.attributes import MALFORMED
 from secateur.graphops.model.collecting import uncollected
 from secateur.graphops.model.graph import (
     captured_by,
@@ -23,18 +24,6 @@ from secateur.graphops.model.graph import (
 from secateur.graphops.model.names import matching
 from secateur.graphops.model.shapes import Shapes
 from secateur.recipe import Recipe
-
-# What a rule may raise on a node that breaks its operator's specification. The node is then
-# frozen like one without a rule; ONNX Runtime has the last word on whether the model is valid.
-_MALFORMED = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,  # sizes that no machine has
-    TypeError,
-    ValueError,
-)
 
 
 @uncollected()
@@ -67,7 +56,7 @@ def couple(model: ir.Model, shapes: Shapes, recipe: Recipe | None = None) -> Cou
     for node in walk(graph):
         rule = rules.find(node.domain, node.op_type, flow.opset(node))
         if rule is not None and rule.macs is not None:
-            with contextlib.suppress(*_MALFORMED):
+            with contextlib.suppress(*MALFORMED):
                 macs += [MacTerm(node_label(node), axes) for axes in rule.macs(flow, node)]
     for value in graph.outputs:
         for block in flow.blocks(value):
@@ -102,7 +91,7 @@ def _visit(flow: Flow, node: ir.Node) -> None:
             flow.freeze_value(value, node, "UNSUPPORTED_FORM", f"reaches input {index}")
     try:
         rule.couple(flow, node)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         _freeze_reached(flow, node, "UNSUPPORTED_FORM", f"{type(error).__name__}: {error}")
         for value in node.outputs:
             flow.set(value, ())

@@ -7,6 +7,18 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import onnx_ir as ir
 
+# What reading a node may raise that breaks its operator's specification. The node is then treated
+# like one without a rule; ONNX Runtime has the last word on whether the model is valid.
+MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,  # sizes that no machine has
+    TypeError,
+    ValueError,
+)
+
 
 class KnowsValues(Protocol):
     """Knows small constants and shape arithmetic: a Flow, and a Surgeon after it."""

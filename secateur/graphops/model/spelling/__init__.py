@@ -13,8 +13,11 @@ needs are still there; a node that has lost them stays as it was spelt.
 
 from __future__ import annotations
 
+import contextlib
+
 import onnx_ir as ir
 
+from secateur.graphops.model.attributes import MALFORMED
 from secateur.graphops.model.spelling import dynamic, fused, integers
 from secateur.graphops.model.spelling.writing import Spell, Writer
 from secateur.graphops.model.unread import drop_unread, unread
@@ -48,7 +51,9 @@ def spell_out(model: ir.Model) -> dict[str, str]:
             if spell is None:
                 continue
             before = unread(graph) if before is None else before
-            back = spell(writer, node)
+            back = None
+            with contextlib.suppress(*MALFORMED):  # nothing is changed before all is read
+                back = spell(writer, node)
             if back is not None:
                 node.meta[_MARK] = back
         if before is not None:

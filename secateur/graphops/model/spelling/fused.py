@@ -6,12 +6,18 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import operand, text
 from secateur.graphops.model.contrib import CONTRIB
-from secateur.graphops.model.spelling.writing import Back, Writer, become, reader_of, take_over
+from secateur.graphops.model.spelling.writing import (
+    Back,
+    Writer,
+    become,
+    extras_of,
+    reader_of,
+    take_over,
+)
 
 OPERATORS = {(CONTRIB, "FusedConv"): "Conv", (CONTRIB, "FusedGemm"): "Gemm"}
 _ADDED = 3  # index of what is added before the activation
@@ -31,8 +37,7 @@ _ACTIVATIONS: dict[str, tuple[str, ...]] = {
 def spell(writer: Writer, node: ir.Node) -> Back | None:
     """Spells activation(product + z)."""
     given, activation = (node.domain, node.op_type), text(node, "activation", "")
-    known = onnx.defs.get_schema(OPERATORS[given]).attributes
-    extras = tuple(item for name, item in node.attributes.items() if name not in known)
+    extras = extras_of(node, OPERATORS[given])
     if activation not in _ACTIVATIONS or (activation == "Clip" and writer.opset < _BOUNDS_SINCE):
         return None
     numbers = _numbers(extras)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import integer, operand, real
@@ -19,6 +18,7 @@ from secateur.graphops.model.spelling.writing import (
     Back,
     Writer,
     become,
+    extras_of,
     reader_of,
     scale_axis,
     stored_in,
@@ -101,8 +101,7 @@ def spell(writer: Writer, node: ir.Node) -> Back | None:
 
 def _extras(node: ir.Node, form: Form, opset: int) -> tuple[ir.Attr, ...] | None:
     """Attributes that the operator on floats does not have; None where it says something else."""
-    known = onnx.defs.get_schema(form.operator).attributes
-    extras = tuple(item for name, item in node.attributes.items() if name not in known)
+    extras = extras_of(node, form.operator)
     for one in extras:
         first = one.name == "channels_last" and not one.as_int()
         same = one.name == "opset" and (one.as_int() < AXIS_SINCE) == (opset < AXIS_SINCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+import onnx
 import onnx_ir as ir
 
 from secateur.graphops.model.attributes import operand
@@ -120,6 +121,19 @@ def _node(
 
 
 Spell = Callable[[Writer, ir.Node], Back | None]  # None: the node is left as it is
+
+
+def extras_of(node: ir.Node, operator: str) -> tuple[ir.Attr, ...]:
+    """Attributes that a plain operator does not have.
+
+    Raises:
+        TypeError: one that it has is of another type.
+    """
+    known = onnx.defs.get_schema(operator).attributes
+    for name, item in node.attributes.items():
+        if name in known and item.type.value != known[name].type.value:  # type: ignore[attr-defined]
+            raise TypeError(f"attribute {name!r} is no {known[name].type}")
+    return tuple(item for name, item in node.attributes.items() if name not in known)
 
 
 def type_by(scale: ir.Value | None) -> ir.TypeProtocol | None:
