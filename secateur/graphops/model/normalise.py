@@ -8,8 +8,8 @@ back. Matrices with several readers (tied embeddings, Siamese branches) are tied
 stay one tensor.
 
 A vector of weights that the model writes into before it reads it, as `bias[a:b] = 0` is exported,
-is a constant, and becomes one. Sequences of tensors come apart (see `sequences`), and operators on
-integers are spelt with those on floats (see `spelling`).
+is a constant, and becomes one. Sequences of tensors come apart (see `sequences`), and operators
+that say the same as plain ones are spelt out (see `spelling`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RESOLVED = {*sequences.OPERATORS, "ScatterND"}
 
 
 def normalise(model: ir.Model) -> Mapping[str, str]:
-    """Takes sequences, written vectors and operators on integers out, and gives each reader of a
+    """Takes sequences and written vectors out, spells operators out, and gives each reader of a
     shared vector its own copy, in place.
 
     Returns:

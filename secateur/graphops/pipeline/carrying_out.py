@@ -104,12 +104,12 @@ def carry_out(
 
 
 def _as_given(done: CarriedOut) -> CarriedOut:
-    """With operators on integers as the model had them, and what was kept of its own constants."""
+    """With the operators that the model had, and what was kept of its own constants."""
     model = as_given(done.model)
     if model is done.model:
         return done
-    left = constants(model.graph)
-    return replace(done, model=model, kept=tuple(one for one in done.kept if one.tensor in left))
+    own = constants(model.graph)
+    return replace(done, model=model, kept=tuple(one for one in done.kept if one.tensor in own))
 
 
 def _cut(choice: Choice, analysed: Analysed) -> CarriedOut:
