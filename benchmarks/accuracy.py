@@ -38,7 +38,7 @@ import secateur
 
 TARGETS = (0.7, 0.5)
 ALONE = "l2 alone"
-INT8 = ("int8 ", "dynamic ", "operators ")  # before a column: of the model in 8 bits
+INT8 = ("int8", "dynamic", "operators")  # before a column: of the model in 8 bits
 SEE_DATA = (
     "activation",
     "rms",
@@ -88,7 +88,7 @@ def run_cell(task: Task, column: str, target: float) -> Cell:
     """Prunes and scores, in this process."""
     model, calibration = task.model(), task.calibration()
     form, _, plain = column.rpartition(" ")
-    if f"{form} " in INT8:
+    if form in INT8:
         model, column = in_8_bits(model, calibration, form), plain
     if column == "original":
         return Cell(score=task.measure(model))
@@ -163,7 +163,7 @@ def in_order(
     first += [(column, target) for column in ("default", ALONE) for target in TARGETS]
     if with_int8:
         for form in INT8:
-            first += [(f"{form}original", TARGETS[0]), *((f"{form}default", t) for t in TARGETS)]
+            first += [(f"{form} original", TARGETS[0]), *((f"{form} default", t) for t in TARGETS)]
     order = [(task.name, *cell) for cell in first for task in tasks]
     for rival in (ONNXSIM, TORCH_PRUNING) if with_rivals else ():
         some = [task for task in tasks if rival == ONNXSIM or task.name in RESNETS]

@@ -104,7 +104,8 @@ class _Passing:
         del moved.output[:]
         for name in node.output:
             moved.output.append(f"{name}_unrounded" if name else "")
-            self._real[name] = f"{name}_unrounded", *first[1:]
+            if name:
+                self._real[name] = f"{name}_unrounded", *first[1:]
         moved.name = f"{node.name}_unrounded"
         self._nodes.append(moved)
 

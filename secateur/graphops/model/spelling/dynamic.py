@@ -34,7 +34,8 @@ def spell_product(writer: Writer, node: ir.Node) -> Back | None:
         return None
     cast, scaling, scales = chain
     (x, w), (first, second) = node.inputs[:2], scales.inputs
-    if constant_of(first) is not None or (second and x and second.producer() is x.producer()):
+    maker = None if x is None else x.producer()
+    if constant_of(first) is not None or (maker and second and second.producer() is maker):
         first, second = second, first
     operands = [x, first, operand(node, 2)], [w, second, operand(node, 3)]
     given = node.op_type
