@@ -11,8 +11,10 @@ from rows import diagonal, gated, merged
 
 import secateur
 from secateur.errors import Code, Refused
+from secateur.graphops.coupling import grouping
+from secateur.graphops.coupling.analyse import couple
 from secateur.graphops.coupling.flow import Flow
-from secateur.graphops.coupling.grouping import frozen_components
+from secateur.graphops.coupling.grouping import _Base, frozen_components
 from secateur.graphops.coupling.labels import FIXED
 from secateur.graphops.coupling.units import resolve_rectangles
 from secateur.graphops.model.opening import open_model
@@ -107,6 +109,26 @@ def test_groups_of_other_sizes_on_the_same_channels_are_decided_together() -> No
     net.output(net.conv(net.op("Reshape", y, net.ints(2, 128, 6, 6)), 128, 3))
     result = lawful(net.bytes())
     assert result.report.after.params < 0.4 * result.report.before.params
+
+
+def test_a_trial_passes_what_choices_read_and_of_that_what_may_go() -> None:
+    """All labels, for every trial, cost minutes in networks whose windows have position tables."""
+    net = Net()
+    source = net.input("x", [2, 4, 6, 6])
+    x = net.conv(source, 4, 64)
+    for y in (x, net.conv(x, 64, 64, group=4)):  # nothing of the two may go
+        net.output(y)
+    x = net.conv(net.conv(source, 4, 512), 512, 32)
+    net.output(net.conv(net.conv(x, 32, 32, kernel=3, group=4), 32, 3))
+    opened = open_model(net.bytes())
+    asked: list[_Base] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouping, "_Base", lambda *given: asked.append(_Base(*given)) or asked[-1])
+        couple(opened.model, infer_shapes(opened.model))
+    (base,) = asked
+    assert len(base.choices) == 2
+    assert base.free == [1]
+    assert base.frozen.size < 512  # the dense convolution between is not passed
 
 
 def test_depthwise_channels_go_whatever_is_asked() -> None:

@@ -14,7 +14,7 @@ more, else the finer one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -89,30 +89,50 @@ def _make(flow: Flow, choice: Choice, rows: bool) -> None:
 
 
 class _Base:
-    """Components before any choice is made: a trial only joins what they are.
+    """Components of what choices read before any is made: a trial only joins what they are.
 
-    Passing all equalities again for every trial would cost more than all labels.
+    Passing all equalities, or all labels, again for every trial would cost more than all of them
+    once.
     """
 
     def __init__(self, flow: Flow, choices: Sequence[Choice]) -> None:
         self.flow, self.choices = flow, choices
-        self._count, self._component = components(flow)
-        self._frozen = frozen_components(flow, self._count, self._component)
+        count, component = components(flow)
+        own = np.zeros(count, np.bool_)
+        own[component[FIXED]] = True
+        for labels in _read(choices):
+            own[component[labels]] = True
+        number = np.cumsum(own, dtype=np.int32) - 1
+        self.component = number[component]  # right for labels that choices read
+        self.frozen = frozen_components(flow, count, component)[own]
+        self.free = [index for index, choice in enumerate(choices) if self._is_free(choice)]
+        for index in {*range(len(choices))} - {*self.free}:
+            for labels in _read([choices[index]]):
+                self.frozen[self.component[labels]] = True
+
+    def _is_free(self, choice: Choice) -> bool:
+        """Whether anything of its matrices may go; otherwise all of it stays, either way."""
+        return any(not self.frozen[self.component[matrix]].all() for matrix in choice.matrices)
 
     def trial(self, answers: Sequence[tuple[Choice, bool]]) -> tuple[Mask, Components]:
-        """(frozen, component) under these answers; the flow stays as it is."""
-        flow, component = self.flow, self._component
+        """(frozen, joined) under these answers, of the components here; the flow stays as it is."""
+        flow, component = self.flow, self.component
         equal, held = len(flow.equal), len(flow.frozen)
         for choice, rows in answers:
             _state(flow, choice, rows)
         first, second = _pairs(flow.equal[equal:])
-        count, joined = _connected(self._count, component[first], component[second])
+        count, joined = _connected(self.frozen.size, component[first], component[second])
         frozen = np.zeros(count, np.bool_)
-        frozen[joined[self._frozen]] = True
+        frozen[joined[self.frozen]] = True
         for labels, _ in flow.frozen[held:]:
             frozen[joined[component[labels]]] = True
         del flow.equal[equal:], flow.frozen[held:]
-        return frozen, joined[component]
+        return frozen, joined
+
+
+def _read(choices: Sequence[Choice]) -> Iterator[Labels]:
+    for choice in choices:
+        yield from (*choice.matrices, *choice.rows, *(vector for _, vector in choice.columns))
 
 
 def _best(flow: Flow, choices: Sequence[Choice]) -> list[bool]:
@@ -120,14 +140,14 @@ def _best(flow: Flow, choices: Sequence[Choice]) -> list[bool]:
     if not choices:
         return []
     base = _Base(flow, choices)
-    everything = [(choice, rows) for choice in choices for rows in (True, False)]
+    everything = [(choices[index], rows) for index in base.free for rows in (True, False)]
     _, shared = base.trial(everything)
     clusters: dict[int, list[int]] = {}
-    for index, choice in enumerate(choices):
-        clusters.setdefault(int(shared[_anchor(choice)]), []).append(index)
+    for index in base.free:
+        clusters.setdefault(int(shared[base.component[_anchor(choices[index])]]), []).append(index)
     members = list(clusters.values())
     ways = [_tell(base, members, [rows] * len(choices)) for rows in (True, False)]
-    result = [False] * len(choices)
+    result = [True] * len(choices)
     stuck = []
     for cluster, whole, balanced in zip(members, *ways, strict=True):
         rows = _prefer_whole(whole, balanced)
@@ -167,8 +187,9 @@ def _tell(base: _Base, clusters: list[list[int]], whole: Sequence[bool]) -> list
     """Positions that may go, and fewest units of a matrix, of each cluster for these answers."""
     choices = base.choices
     asked = [index for cluster in clusters for index in cluster]
-    frozen, component = base.trial([(choices[index], whole[index]) for index in asked])
-    free = {index: _free(choices[index], frozen, component) for index in asked}
+    frozen, joined = base.trial([(choices[index], whole[index]) for index in asked])
+    parts = ([joined[base.component[matrix]] for matrix in choices[i].matrices] for i in asked)
+    free = dict(zip(asked, (_free(matrices, frozen) for matrices in parts), strict=True))
     return [
         (sum(free[i][0] for i in cluster), min(free[i][1] for i in cluster)) for cluster in clusters
     ]
@@ -183,11 +204,10 @@ def _anchor(choice: Choice) -> int:
     return FIXED
 
 
-def _free(choice: Choice, frozen: Mask, component: Components) -> tuple[int, int]:
+def _free(matrices: Sequence[Components], frozen: Mask) -> tuple[int, int]:
     """Positions that may go, and the fewest units in which the free ones of one matrix are."""
     positions, units = 0, []
-    for matrix in choice.matrices:
-        parts = component[matrix]
+    for parts in matrices:
         free = parts[~frozen[parts]]
         count = np.unique(free).size
         if count > 1 or free.size < parts.size:  # one unit that is everything has to stay
