@@ -1637,6 +1637,11 @@ rows(
     },
     domain=MS,
 )
+rows(
+    "TransposeMatMul",
+    {"": on_sequence("TransposeMatMul", vector(12, C), after=12, domain=MS, transB=1)},
+    domain=MS,
+)
 
 
 @row("FusedGemm", domain=MS)
@@ -1659,33 +1664,131 @@ def _projections(net: Net, *heads: int, size: int = 8) -> list[str]:
     return [net.dense(x, 4, count * size) for count in heads]
 
 
-@row("MultiHeadAttention", domain=MS)
-def _(net: Net) -> str:
-    parts = _projections(net, 4, 4, 4)
-    y = net.op("MultiHeadAttention", *parts, num_heads=4, domain=MS, name=SUBJECT)
-    return net.dense(y, 32, 3)
+Added = Callable[[Net], str]  # to the scores of heads
 
 
-@row("Attention", "packed", domain=MS)
-def _(net: Net) -> str:
-    operands = (sequence(net), net.floats(C, 96), net.floats(96))
-    return net.dense(net.op("Attention", *operands, num_heads=4, domain=MS, name=SUBJECT), 32, 3)
+def _each_head(net: Net) -> str:
+    """A constant for each head."""
+    return net.floats(1, 4, T, T)
 
 
-@row("GroupQueryAttention", domain=MS)
-def _(net: Net) -> str:
-    lengths, total = net.const(np.full(2, T - 1, np.int32)), net.const(np.array(T, np.int32))
-    operands = [*_projections(net, 4, 2, 2), "", "", lengths, total]
-    options = {"num_heads": 4, "kv_num_heads": 2, "domain": MS}
-    y, *_ = net.ops("GroupQueryAttention", *operands, outputs=3, name=SUBJECT, **options)
-    return net.dense(y, 32, 3)
+def _by_table(net: Net) -> str:
+    """For each head what a table has for a distance between positions; of rank 3."""
+    places = net.const(np.abs(np.arange(T)[:, None] - np.arange(T)))
+    return net.op("Transpose", net.op("Gather", net.floats(T, 4), places), perm=[2, 0, 1])
 
 
-@row("Attention", "grouped queries", opset=23)
-def _(net: Net) -> str:
-    options = {"q_num_heads": 4, "kv_num_heads": 2}
-    y = net.op("Attention", *_projections(net, 4, 2, 2), name=SUBJECT, **options)
-    return net.dense(y, 32, 3)
+def _all_alike(net: Net) -> str:
+    """One mask of all heads."""
+    return net.floats(1, 1, T, T)
+
+
+def _cache(net: Net) -> str:
+    """Of keys, or of values."""
+    return net.input(net.name("past"), [2, 4, 3, 8])
+
+
+def _multi_head(added: Added | None = None, past: Added | None = None) -> Build:
+    def build(net: Net) -> str:
+        extra = ["", "", added(net) if added else ""]
+        extra += [past(net), past(net)] if past else []
+        operands = [*_projections(net, 4, 4, 4), *extra]
+        options = {"outputs": 3 if past else 1, "num_heads": 4, "domain": MS, "name": SUBJECT}
+        return sequence_end(net, net.ops("MultiHeadAttention", *operands, **options)[0], 32)
+
+    return build
+
+
+def _packed(added: Added | None = None, past: bool = False, present: bool = False) -> Build:
+    def build(net: Net) -> str:
+        operands = [sequence(net), net.floats(C, 96), net.floats(96), ""]
+        operands += [net.input("past", [2, 2, 4, 3, 8]) if past else ""]
+        operands += [net.op("Unsqueeze", added(net), net.ints(0))] if added else []
+        options = {"num_heads": 4, "unidirectional": 1, "domain": MS}
+        y, *more = net.ops("Attention", *operands, outputs=1 + present, name=SUBJECT, **options)
+        for one in more:
+            net.output(one)
+        return net.dense(y, 32, 3)
+
+    return build
+
+
+def _grouped_queries(added: Added | None = None, sink: bool = False) -> Build:
+    def build(net: Net) -> str:
+        lengths, total = net.const(np.full(2, T - 1, np.int32)), net.const(np.array(T, np.int32))
+        operands = [*_projections(net, 4, 2, 2), "", "", lengths, total]
+        if added or sink:
+            operands += ["", "", "", added(net) if added else ""]
+        operands += [net.floats(4)] if sink else []
+        options = {"num_heads": 4, "kv_num_heads": 2, "domain": MS}
+        y, *_ = net.ops("GroupQueryAttention", *operands, outputs=3, name=SUBJECT, **options)
+        return net.dense(y, 32, 3)
+
+    return build
+
+
+def _standard(added: Added | None = None, outputs: int = 1) -> Build:
+    def build(net: Net) -> str:
+        operands = [*_projections(net, 4, 2, 2), *([added(net)] if added else [])]
+        options = {"q_num_heads": 4, "kv_num_heads": 2}
+        y, *more = net.ops("Attention", *operands, outputs=outputs, name=SUBJECT, **options)
+        if more:  # the scores of the heads, as an output that adds them up
+            total = net.op("ReduceSum", more[-1], net.ints(1), keepdims=0)
+            y = net.op("Add", y, net.dense(total, T, 32))
+        return net.dense(y, 32, 3)
+
+    return build
+
+
+rows(
+    "MultiHeadAttention",
+    {
+        "": _multi_head(),
+        "a bias for each head": _multi_head(_each_head),
+        "one mask": _multi_head(_all_alike),
+    },
+    domain=MS,
+)
+rows(
+    "MultiHeadAttention",
+    {"past states": _multi_head(past=_cache)},
+    domain=MS,
+    freezes="BARE_AXIS",
+)
+rows(
+    "Attention",
+    {"packed": _packed(), "packed, a bias by table": _packed(_by_table)},
+    domain=MS,
+)
+rows(
+    "Attention",
+    {
+        "packed, past and present states": _packed(past=True, present=True),
+        "packed, present states": _packed(present=True),
+    },
+    domain=MS,
+    carries=False,  # heads stay; what they read may go
+)
+rows(
+    "GroupQueryAttention",
+    {
+        "": _grouped_queries(),
+        "a bias for each head": _grouped_queries(_each_head),
+        "sinks": _grouped_queries(sink=True),
+    },
+    domain=MS,
+)
+rows(
+    "Attention",
+    {
+        "grouped queries": _standard(),
+        "a bias for each head": _standard(_each_head),
+        "a bias by table": _standard(_by_table),
+        "one mask": _standard(_all_alike),
+        "scores": _standard(outputs=4),
+    },
+    opset=23,
+)
 
 
 def _rotary(domain: str) -> Build:

@@ -113,6 +113,7 @@ _OTHERS: _Table = {
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "FusedMatMul": _matmul(0, 1),
+    "TransposeMatMul": _matmul(0, 1),
     "MatMulIntegerToFloat": _matmul(0, 1),
     "DynamicQuantizeMatMul": _matmul(0, 1),
     "MultiHeadAttention": _attention,

@@ -65,12 +65,21 @@ def _couple(
     node: ir.Node,
     inputs: Sequence[ir.Value],
     heads: tuple[int, int],
-    caches: Sequence[ir.Value | None],
-) -> tuple[Labels, int]:
+    caches: tuple[int, int],
+    bias: int,
+) -> Labels:
     """Queries, keys and values of rank 3 (batch, sequence, hidden) or 4 (batch, heads, …).
 
+    Args:
+        flow: to state it in.
+        node: the attention.
+        inputs: queries, keys and values.
+        heads: of queries, and of keys and values.
+        caches: which inputs hold past keys and values, of rank 4.
+        bias: which input is added to the scores.
+
     Returns:
-        one label per query head, and the value head size.
+        one label per query head.
     """
     matrices = []
     size = 1
@@ -83,37 +92,52 @@ def _couple(
         matrices.append(_line(flow, value, axis).reshape(count, -1))
         size = shape[3] or 1 if len(shape) == 4 else matrices[-1].shape[1]
     query_heads, key_heads = couple_heads(flow, node, *matrices)
-    for cache in caches:  # (batch, key-value heads, …), usually graph inputs: then heads stay
+    for index in caches:  # (batch, key-value heads, …), usually graph inputs: then heads stay
+        cache = operand(node, index)
         if cache is not None:
             flow.join(node, _line(flow, cache, 1), key_heads)
-    for output in node.outputs[1:3]:
-        if output.name:  # present keys and values: (batch, key-value heads, sequence, head size)
-            flow.set(output, single(1, key_heads))
-    return query_heads, size
+    _add_to_scores(flow, node, operand(node, bias), query_heads)
+    output, *others = node.outputs
+    hidden = single(2, np.repeat(query_heads, size))
+    flow.set(output, single(1, query_heads) if flow.rank(output) == 4 else hidden)
+    # present keys and values, and scores: (batch, heads, sequence, head size or sequence)
+    for value, labels in zip(others, (key_heads, key_heads, query_heads), strict=False):
+        flow.set(value, single(1, labels))
+    return query_heads
 
 
-def _set_output(flow: Flow, node: ir.Node, query_heads: Labels, size: int) -> None:
-    output = node.outputs[0]
-    if flow.rank(output) == 4:
-        flow.set(output, single(1, query_heads))
-    else:
-        flow.set(output, single(2, np.repeat(query_heads, size)))
+def _add_to_scores(flow: Flow, node: ir.Node, bias: ir.Value | None, heads: Labels) -> None:
+    """A bias or mask (batch, query heads, sequence, sequence), broadcast from the right: one for
+    each head goes with its head."""
+    shape = flow.shape(bias)
+    if bias is None:
+        return None
+    along = -1 if shape is None else len(shape) - 3
+    if shape is None or (along >= 0 and shape[along] not in (1, heads.size)):
+        flow.freeze(heads, node, "UNKNOWN_SHAPE", "the shape of what is added is not known")
+        return flow.freeze_value(bias, node, "UNKNOWN_SHAPE", "is added to the scores of heads")
+    for axis in range(len(shape)):
+        if axis != along:
+            flow.freeze_axis(bias, axis, node, "SEQUENCE", "the sequence")
+    if along >= 0 and shape[along] != 1:
+        flow.join(node, heads, _line(flow, bias, along))
+    return None
 
 
 def couple_attention(flow: Flow, node: ir.Node) -> None:
     """ai.onnx Attention: Q, K, V of rank 3 with head counts as attributes, or of rank 4."""
     inputs = [value for value in node.inputs[:3] if value is not None]
     shapes = [flow.shape(value) for value in inputs]
-    if len(inputs) < 3 or any(shape is None for shape in shapes) or len(node.outputs) > 3:
-        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "shapes or outputs not supported")
+    if len(inputs) < 3 or any(shape is None for shape in shapes):
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     q, k = shapes[0] or (), shapes[1] or ()
     heads = (
         (q[1] or 1, k[1] or 1)
         if len(q) == 4
         else (integer(node, "q_num_heads", 1), integer(node, "kv_num_heads", 1))
     )
-    caches = (operand(node, 4), operand(node, 5))
-    return _set_output(flow, node, *_couple(flow, node, inputs, heads, caches))
+    _couple(flow, node, inputs, heads, caches=(4, 5), bias=3)
+    return None
 
 
 def rewrite_attention(surgeon: Surgeon, node: ir.Node) -> None:
@@ -137,8 +161,8 @@ def couple_multi_head(flow: Flow, node: ir.Node) -> None:
         return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     count = integer(node, "num_heads", 1)
     _join_bias(flow, node, operand(node, 3), inputs)
-    caches = (operand(node, 6), operand(node, 7))
-    return _set_output(flow, node, *_couple(flow, node, inputs, (count, count), caches))
+    _couple(flow, node, inputs, (count, count), caches=(6, 7), bias=5)
+    return None
 
 
 def _join_bias(
@@ -151,18 +175,20 @@ def _join_bias(
 
 def couple_packed(flow: Flow, node: ir.Node) -> None:
     """com.microsoft Attention: X (batch, sequence, I) · W (I, q + k + v) + B, then heads."""
-    _couple_packed(flow, node, past=4, vectors=(2,))
+    _couple_packed(flow, node, past=4, bias=5, vectors=(2,))
 
 
 def couple_packed_quantised(flow: Flow, node: ir.Node) -> None:
     """QAttention: as Attention, with scales and zero points."""
-    _couple_packed(flow, node, past=8, vectors=(2, 4, 7))
+    _couple_packed(flow, node, past=8, bias=None, vectors=(2, 4, 7))
 
 
-def _couple_packed(flow: Flow, node: ir.Node, past: int, vectors: Sequence[int]) -> None:
+def _couple_packed(
+    flow: Flow, node: ir.Node, past: int, bias: int | None, vectors: Sequence[int]
+) -> None:
     x, weight = node.inputs[0], node.inputs[1]
-    if x is None or weight is None or flow.rank(x) != 3 or operand(node, past) is not None:
-        return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "past states")
+    if x is None or weight is None or flow.rank(x) != 3:
+        return flow.freeze_inputs(node, "UNKNOWN_SHAPE", "the shape is not known")
     count = integer(node, "num_heads", 1)
     flow.freeze_axis(x, 0, node, "BATCH", "the batch")
     flow.freeze_axis(x, 1, node, "SEQUENCE", "the sequence")
@@ -175,8 +201,17 @@ def _couple_packed(flow: Flow, node: ir.Node, past: int, vectors: Sequence[int])
             flow.join(node, columns, _line(flow, vector, 0))
     sizes = integers(node, "qkv_hidden_sizes") or [columns.size // 3] * 3
     parts = [p.reshape(count, -1) for p in np.split(columns, np.cumsum(sizes)[:2])]
-    query_heads, _ = couple_heads(flow, node, *parts)
-    return flow.set(node.outputs[0], single(2, np.repeat(query_heads, parts[2].shape[1])))
+    heads, _ = couple_heads(flow, node, *parts)
+    cache = operand(node, past)
+    if cache is not None:  # (keys and values, batch, heads, sequence, head size)
+        flow.join(node, _line(flow, cache, 2), heads)
+    if bias is not None:
+        _add_to_scores(flow, node, operand(node, bias), heads)
+    output, *present = node.outputs
+    flow.set(output, single(2, np.repeat(heads, parts[2].shape[1])))
+    for value in present:  # as the cache
+        flow.set(value, single(2, heads))
+    return None
 
 
 def rewrite_packed(surgeon: Surgeon, node: ir.Node) -> None:
@@ -204,8 +239,11 @@ def couple_grouped_query(flow: Flow, node: ir.Node) -> None:
     if len(inputs) < 3 or any(flow.rank(value) != 3 for value in inputs):
         return flow.freeze_inputs(node, "UNSUPPORTED_FORM", "packed queries, keys and values")
     heads = (integer(node, "num_heads", 1), integer(node, "kv_num_heads", 1))
-    caches = (operand(node, 3), operand(node, 4))
-    return _set_output(flow, node, *_couple(flow, node, inputs, heads, caches))
+    query_heads = _couple(flow, node, inputs, heads, caches=(3, 4), bias=10)
+    sink = operand(node, 11)
+    if sink is not None:  # one score for each head, of a position that has no value
+        flow.join(node, query_heads, _line(flow, sink, 0))
+    return None
 
 
 def rewrite_grouped_query(surgeon: Surgeon, node: ir.Node) -> None:
@@ -256,7 +294,7 @@ register(
     couple_attention,
     rewrite=rewrite_attention,
     macs=macs_attention,
-    reads=(0, 1, 2, 4, 5),
+    reads=(0, 1, 2, 3, 4, 5),
     since=23,
 )
 register("RotaryEmbedding", "attention", couple_rotary, rewrite=rewrite_multi_head, reads=(0,))
@@ -274,7 +312,7 @@ register(
     couple_multi_head,
     rewrite=rewrite_multi_head,
     macs=macs_attention,
-    reads=(0, 1, 2, 3, 6, 7),
+    reads=(0, 1, 2, 3, 5, 6, 7),
     domain=CONTRIB,
 )
 register(
@@ -283,7 +321,7 @@ register(
     couple_packed,
     rewrite=rewrite_packed,
     macs=macs_packed,
-    reads=(0, 1, 2),
+    reads=(0, 1, 2, 4, 5),
     domain=CONTRIB,
 )
 register(
@@ -292,7 +330,7 @@ register(
     couple_packed_quantised,
     rewrite=rewrite_packed,
     macs=macs_packed,
-    reads=(0, 1, 2, 4, 7),
+    reads=(0, 1, 2, 4, 7, 8),
     domain=CONTRIB,
 )
 register(
@@ -301,6 +339,6 @@ register(
     couple_grouped_query,
     rewrite=rewrite_grouped_query,
     macs=macs_attention,
-    reads=(0, 1, 2, 3, 4),
+    reads=(0, 1, 2, 3, 4, 10, 11),
     domain=CONTRIB,
 )

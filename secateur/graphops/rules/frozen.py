@@ -50,7 +50,8 @@ explain("SwiGLU", "ONNX Runtime does not run it yet, so that no cut through it c
 explain("Scan", "before opset 9 it scans a batch of sequences, each of its own length")
 
 explain(
-    "BiasAdd BiasSplitGelu GroupNorm NhwcConv SkipGroupNorm",
+    "BiasAdd BiasSoftmax BiasSplitGelu GatedRelativePositionBias GemmFastGelu GroupNorm NhwcConv "
+    "RelativePositionBias SkipGroupNorm",
     "ONNX Runtime runs it on GPUs only, so that no cut through it could be verified",
     domain=CONTRIB,
 )

@@ -92,4 +92,10 @@ register(
     reads=(2, 3, 4, 5, 6),
     domain=CONTRIB,
 )
-register("FusedMatMul", "contraction", couple_fused_matmul, macs=macs_fused_matmul, domain=CONTRIB)
+register(
+    "FusedMatMul TransposeMatMul",  # the second is the first as it was once called
+    "contraction",
+    couple_fused_matmul,
+    macs=macs_fused_matmul,
+    domain=CONTRIB,
+)
