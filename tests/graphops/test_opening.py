@@ -109,6 +109,41 @@ def test_weights_put_aside_change_nothing(
     assert prune(source).model == result.model
 
 
+@pytest.mark.parametrize("constants", [False, True])
+def test_weights_put_aside_run_on_calibration_data(
+    constants: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of a model are run from bytes, and weights stand in initializers or in nodes."""
+    source = large(constants=constants)
+    data = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
+    options = {"target": {"macs": 0.5}, "criterion": "wanda", "repair": False}
+    result = prune(source, calibration=data, **options)
+    monkeypatch.setattr("secateur.graphops.model.opening.LARGE", len(source))
+    assert prune(source, calibration=data, **options).model == result.model
+
+
+def test_weights_of_a_branch_in_a_file_run_on_calibration_data(tmp_path: pathlib.Path) -> None:
+    def branch(place: int) -> onnx.GraphProto:
+        inner = Net(seed=place)
+        inner._count = 100 * place  # names of its own
+        inner.output(inner.dense("hidden", 24, 24), shape=["N", 24])
+        return inner.model().graph
+
+    net = Net()
+    net.nodes.append(
+        helper.make_node("Relu", [net.dense(net.input("x", ["N", 16]), 16, 24)], ["hidden"])
+    )
+    chosen = net.op("Greater", net.op("ReduceMax", "hidden", keepdims=0), net.const(np.float32(0)))
+    y = net.op("If", chosen, then_branch=branch(1), else_branch=branch(2))
+    net.output(net.dense(net.op("Relu", y), 24, 4))
+    path = tmp_path / "model.onnx"
+    onnx.save(net.model(), path, save_as_external_data=True, size_threshold=16)
+    data = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
+    options = {"target": {"channels": 0.5}, "criterion": "wanda"}
+    result = prune(path, calibration=data, **options)
+    assert result.model == prune(net.bytes(), calibration=data, **options).model
+
+
 def test_a_large_model_opens_where_there_is_no_room_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = WeightsFile(pathlib.Path("/nonexistent/folder/weights"))
     monkeypatch.setattr(WeightsFile, "new", lambda: nowhere)

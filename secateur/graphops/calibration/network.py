@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from secateur.graphops.calibration.data import Array, Feeds
 from secateur.graphops.model.graph import captured_by
-from secateur.graphops.model.opening import release
+from secateur.graphops.model.opening import release, serialise_node
 from secateur.graphops.model.quantised import dequantiser
 from secateur.graphops.model.runtime import does_not_run, open_session
 
@@ -111,7 +111,7 @@ class Network:
         for domain, version in self._model.opset_imports.items():
             proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
         proto.graph.name = "piece"
-        proto.graph.node.extend(map(ir.serde.serialize_node, reversed(nodes)))
+        proto.graph.node.extend(map(serialise_node, reversed(nodes)))
         inputs = [name for name in given if name in wanted]
         for name in inputs:
             dtype = onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)

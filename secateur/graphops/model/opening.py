@@ -20,7 +20,7 @@ from secateur.errors import Code, refuse
 from secateur.graphops.model import checking, maps
 from secateur.graphops.model.aside import LARGE, put_aside
 from secateur.graphops.model.collecting import uncollected
-from secateur.graphops.model.graph import constant_tensor, node_label
+from secateur.graphops.model.graph import bodies, constant_tensor, node_label
 from secateur.graphops.model.names import free_name
 from secateur.result import WeightsFile
 
@@ -107,15 +107,35 @@ def self_contained(model: ir.Model) -> ir.Model:
     onnx_ir's own loader closes the files, which clones of the model still read from.
     """
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = _in_memory(tensor)
-        for node in graph:
-            tensor = constant_tensor(node)
-            if isinstance(tensor, ir.ExternalTensor):
-                node.attributes["value"] = ir.AttrTensor("value", _in_memory(tensor))
+        _hold(graph)
     return model
+
+
+def serialise_node(node: ir.Node) -> onnx.NodeProto:
+    """A node with the weights that it holds itself. Those of a Constant stay where they are in the
+    model; those of subgraphs come into memory."""
+    for body in bodies(node).values():
+        for graph in (body, *body.subgraphs()):
+            _hold(graph)
+    proto = ir.serde.serialize_node(node)
+    tensor = constant_tensor(node)
+    if isinstance(tensor, ir.ExternalTensor):
+        held = ir.AttrTensor("value", _in_memory(tensor))
+        proto.attribute[0].CopyFrom(ir.serde.serialize_attribute(held))
+        release(tensor)
+    return proto
+
+
+def _hold(graph: ir.Graph) -> None:
+    """Brings its external weights into memory, without those of subgraphs."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _in_memory(tensor)
+    for node in graph:
+        tensor = constant_tensor(node)
+        if isinstance(tensor, ir.ExternalTensor):
+            node.attributes["value"] = ir.AttrTensor("value", _in_memory(tensor))
 
 
 def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
