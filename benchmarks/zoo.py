@@ -51,7 +51,7 @@ from secateur.recipe import Recipe
 SHARED_ZOO = pathlib.Path(__file__).resolve().parents[2] / "shared" / "zoo"
 RECIPE = Recipe(target={"channels": 0.5}, repair=False)
 CALIBRATED = Recipe(target={"channels": 0.5})
-DRAWS = 8  # of made-up inputs, for calibration data
+SAMPLES = 16  # of made-up inputs, for calibration data
 # Law difference up to which the law counts as kept. A number of another rounding can fall on the
 # next step of a quantised output: a few of 127 steps. Where that made more of it, rounding was left
 # out, and what is left is as exact as floats are.
@@ -175,7 +175,8 @@ def made_up(model: onnx.ModelProto) -> Feeds:
     """Calibration data for want of any."""
     opened = open_model(model)  # large weights lie in a file as long as it is there
     graph, shapes = opened.model.graph, infer_shapes(opened.model)
-    draws, axes = [example_feeds(graph, shapes, seed=s) for s in range(DRAWS)], sample_axes(graph)
+    axes = sample_axes(graph)
+    draws = [example_feeds(graph, shapes, seed=seed, batch=1) for seed in range(SAMPLES)]
     return {
         name: np.concatenate([draw[name] for draw in draws], axes[name]) if name in axes else array
         for name, array in draws[0].items()
