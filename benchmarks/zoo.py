@@ -175,8 +175,8 @@ def made_up(model: onnx.ModelProto) -> Feeds:
     """Calibration data for want of any."""
     opened = open_model(model)  # large weights lie in a file as long as it is there
     graph, shapes = opened.model.graph, infer_shapes(opened.model)
-    axes = sample_axes(graph)
     draws = [example_feeds(graph, shapes, seed=seed, batch=1) for seed in range(SAMPLES)]
+    axes = {name: at for name, at in sample_axes(graph).items() if draws[0][name].shape[at] == 1}
     return {
         name: np.concatenate([draw[name] for draw in draws], axes[name]) if name in axes else array
         for name, array in draws[0].items()

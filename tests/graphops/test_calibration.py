@@ -147,6 +147,27 @@ def test_states_of_other_numbers_of_samples() -> None:
     assert "2, 'N', 6" in caught.value.refusal.expected
 
 
+@pytest.mark.parametrize("batch", ["N", 1])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_table_that_is_an_input_comes_once_for_all_samples(batch: str | int, rows: int) -> None:
+    """tf2onnx makes inputs of constants that a layer captured."""
+    net = Net()
+    x = net.dense(net.input("x", [batch, 5, 4]), 4, 16)
+    x = net.op("Add", x, net.dense(net.input("table", [rows, 4]), 4, 16))
+    net.output(net.dense(net.op("Relu", x), 16, 3), shape=[batch, 5, 3])
+    draw = np.random.default_rng(0)
+    data = {
+        "table": draw.standard_normal((rows, 4)).astype(np.float32),
+        "x": draw.standard_normal((40, 5, 4)).astype(np.float32),
+    }
+    calibration = open_calibration(data, open_model(net.bytes()).model)
+    assert calibration.count() == 40
+    assert calibration.is_fixed() == (batch == 1)
+    assert {feeds["table"].shape for feeds in calibration.draw().seen} == {(rows, 4)}
+    result = prune(net.bytes(), calibration=data, target={"channels": 0.5})
+    assert result.report.verification.held_back
+
+
 def test_arrays_that_no_input_wants_are_ignored() -> None:
     result = prune(model(), calibration={**arrays(), "labels": np.zeros(4)})
     assert result.report.verification.from_calibration

@@ -89,7 +89,8 @@ class Calibration:
         parts: arrays by input name; of files, one is read at a time.
         batch: samples per batch; fixed by the model where its batch axis is.
         expected: input name → (dtype, shape with None for free axes).
-        axes: input name → the axis along which samples lie (`sample_axes`).
+        axes: input name → the axis along which samples lie (`sample_axes`); none for an input
+            that comes once for all of them.
     """
 
     parts: tuple[Part, ...]
@@ -236,17 +237,37 @@ def open_calibration(source: CalibrationSource, model: ir.Model) -> Calibration:
     for value in real_inputs(graph):
         dims = tuple(dim if isinstance(dim, int) and dim > 0 else None for dim in value.shape or ())
         expected[str(value.name)] = ((value.dtype or ir.DataType.FLOAT).numpy(), dims)
-    axes = sample_axes(graph)
+    parts = parts_of(source)
+    first = parts[0].read()
+    axes = _along_samples(sample_axes(graph), expected, first)
     expected = {name: expected[name] for name in (*axes, *expected)}
-    parts, fixed = parts_of(source), _fixed(expected, axes)
+    fixed = _fixed(expected, axes)
     if fixed is None and axes and _takes_single_samples(model, axes):
         fixed = 1
         for name, axis in axes.items():
             dtype, dims = expected[name]
             expected[name] = dtype, (*dims[:axis], 1, *dims[axis + 1 :])
     calibration = Calibration(parts, fixed or BATCH, expected, axes)
-    calibration.check(parts[0].read(), "")
+    calibration.check(first, "")
     return calibration
+
+
+def _along_samples(
+    axes: Mapping[str, int], expected: Expected, arrays: Mapping[str, Array]
+) -> dict[str, int]:
+    """Without the inputs that come once for all samples, as tables do that exporters make inputs
+    of: as long as the model says, where others hold another number of samples."""
+    lengths = {
+        name: np.shape(arrays[name])[axis]
+        for name, axis in axes.items()
+        if name in arrays and axis < np.ndim(arrays[name])
+    }
+    once = {name for name, length in lengths.items() if length == expected[name][1][axes[name]]}
+    counts = {length for name, length in lengths.items() if name not in once}
+    counts = counts or {min(lengths.values(), default=0)}
+    return {
+        name: axis for name, axis in axes.items() if name not in once or lengths[name] in counts
+    }
 
 
 def parts_of(source: CalibrationSource) -> tuple[Part, ...]:
