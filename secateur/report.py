@@ -101,6 +101,8 @@ class Verification(_Value):
         drift: one entry per floating-point output.
         resized: those of them that were of other sizes than the original's, along axes whose
             sizes the data decide; their drift is over the positions that both have.
+        not_finite: outputs of which the original gave no finite number; of their drift nothing is
+            known.
     """
 
     samples: int
@@ -109,6 +111,7 @@ class Verification(_Value):
     batch_sizes: tuple[int, ...]
     drift: tuple[Drift, ...]
     resized: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
 
 
 class Accuracy(_Value):

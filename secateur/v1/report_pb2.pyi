@@ -85,20 +85,22 @@ class Drift(_message.Message):
     def __init__(self, output: _Optional[str] = ..., relative_error: _Optional[float] = ..., cosine: _Optional[float] = ..., top1_agreement: _Optional[float] = ..., kl: _Optional[float] = ...) -> None: ...
 
 class Verification(_message.Message):
-    __slots__ = ("samples", "from_calibration", "batch_sizes", "drift", "held_back", "resized")
+    __slots__ = ("samples", "from_calibration", "batch_sizes", "drift", "held_back", "resized", "not_finite")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     FROM_CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     HELD_BACK_FIELD_NUMBER: _ClassVar[int]
     RESIZED_FIELD_NUMBER: _ClassVar[int]
+    NOT_FINITE_FIELD_NUMBER: _ClassVar[int]
     samples: int
     from_calibration: bool
     batch_sizes: _containers.RepeatedScalarFieldContainer[int]
     drift: _containers.RepeatedCompositeFieldContainer[Drift]
     held_back: bool
     resized: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, samples: _Optional[int] = ..., from_calibration: _Optional[bool] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ..., held_back: _Optional[bool] = ..., resized: _Optional[_Iterable[str]] = ...) -> None: ...
+    not_finite: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, samples: _Optional[int] = ..., from_calibration: _Optional[bool] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., drift: _Optional[_Iterable[_Union[Drift, _Mapping]]] = ..., held_back: _Optional[bool] = ..., resized: _Optional[_Iterable[str]] = ..., not_finite: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("id", "kind", "units", "kept", "channels_per_unit", "tensors", "frozen", "normalised_by")

@@ -138,3 +138,20 @@ def test_layers_that_read_as_many_rows_as_the_data_say() -> None:
     data = np.random.default_rng(0).standard_normal((64, 6, 8)).astype(np.float32)
     result = prune(net.model(), target={"channels": 0.5}, calibration={"x": data}, repair=True)
     assert any(step.error_after < step.error_before for step in result.report.repair)
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_an_output_that_is_nowhere_finite_has_no_drift(data: bool) -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 16)
+    net.output(net.conv(net.op("Relu", x), 16, 3))
+    sunk = net.op("Sqrt", net.op("Sub", net.op("Sigmoid", x), net.const(np.float32(2))))
+    net.output(net.conv(sunk, 16, 3))
+    calibration = {"x": np.random.default_rng(0).standard_normal((32, 4, 6, 6)).astype(np.float32)}
+    result = prune(net.bytes(), calibration=calibration if data else None)
+    checked = result.report.verification
+    assert len(checked.drift) == len(checked.not_finite) == 1
+    assert checked.drift[0].output != checked.not_finite[0]
+    (warning,) = [one for one in result.report.warnings if "NaN or infinite" in one]
+    assert checked.not_finite[0] in warning
+    assert ("calibration data" in warning) == data

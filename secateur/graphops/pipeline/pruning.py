@@ -12,7 +12,7 @@ from secateur.graphops.model.opening import ModelSource, open_model
 from secateur.graphops.model.runtime import open_session
 from secateur.graphops.pipeline.clock import Clock
 from secateur.graphops.pipeline.cutting import Given, Pruned, prune_unverified
-from secateur.graphops.pipeline.records import resized_outputs, warnings_of
+from secateur.graphops.pipeline.records import unusual_outputs, warnings_of
 from secateur.graphops.profile import measure
 from secateur.graphops.quantise.quantise import does_not_hold
 from secateur.graphops.verify import verify as checks
@@ -106,7 +106,7 @@ def prune(
         accuracy=scored,
         warnings=(
             *warnings_of(before, after, recipe.target),
-            *resized_outputs(verification),
+            *unusual_outputs(verification),
             *done.warnings,
         ),
         seconds=clock.seconds,

@@ -176,13 +176,21 @@ def underived(curvature: Curvature) -> tuple[str, ...]:
     )
 
 
-def resized_outputs(checked: Verification) -> tuple[str, ...]:
-    """What callers should know of outputs whose sizes the data decide."""
-    return tuple(
+def unusual_outputs(checked: Verification) -> tuple[str, ...]:
+    """What callers should know of outputs whose sizes the data decide, and of such as say
+    nothing."""
+    resized = (
         f"output {name!r} was larger or smaller than the original's, as the data decide: times are "
         "of other work, and drift is over the positions that both have"
         for name in checked.resized
     )
+    samples = "calibration data" if checked.from_calibration else "random inputs"
+    not_finite = (
+        f"output {name!r} of the original is NaN or infinite everywhere on {samples}: how far the "
+        "result is from it is not known"
+        for name in checked.not_finite
+    )
+    return (*resized, *not_finite)
 
 
 def warnings_of(before: Cost, after: Cost, target: Mapping[str, float]) -> tuple[str, ...]:

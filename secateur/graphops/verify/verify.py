@@ -160,6 +160,7 @@ def verify(model: bytes | str, samples: Answered, held_back: bool = False) -> Ve
         batch_sizes=tuple(sorted(set(batches))),
         drift=tuple(meter.drift() for meter in meters if meter.used),
         resized=tuple(meter.name for meter in meters if meter.resized),
+        not_finite=tuple(meter.name for meter in meters if meter.read and not meter.used),
     )
 
 
@@ -228,7 +229,7 @@ class _Meter:
     def __init__(self, name: str, loose: Collection[int] = ()) -> None:
         self.name = name
         self._loose = loose
-        self.used = self.resized = False
+        self.read = self.used = self.resized = False
         self._error = self._reference = self._result = self._dot = 0.0
         self._agree = self._rows = 0
         self._divergence: float | None = 0.0
@@ -246,8 +247,9 @@ class _Meter:
             raise _failed(
                 f"output {self.name!r} is not finite", "finite numbers", "NaN or infinity"
             )
+        self.read = True
+        self.used |= not a.size or bool(np.isfinite(a).any())
         a, b = np.where(np.isfinite(a), a, 0.0), np.where(np.isfinite(b), b, 0.0)
-        self.used = True
         self._error += float(((a - b) ** 2).sum())
         self._reference += float((a**2).sum())
         self._result += float((b**2).sum())
