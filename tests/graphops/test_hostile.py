@@ -332,6 +332,30 @@ def test_an_equation_that_is_no_text_is_refused() -> None:
     assert caught.value.refusal.code is Code.INVALID_MODEL
 
 
+def test_more_heads_than_native_code_can_count_are_refused() -> None:
+    """Of 2³² heads it keeps the lower half of the number, and divides by that."""
+    net = Net()
+    net.domains["com.microsoft"] = 1
+    parts = [net.dense(net.input(name, [2, 5, 4]), 4, 32) for name in "qkv"]
+    heads = {"num_heads": 4, "kv_num_heads": 1 << 40, "domain": "com.microsoft"}
+    lengths, total = net.const(np.full(2, 4, np.int32)), net.const(np.array(5, np.int32))
+    y, *_ = net.ops("GroupQueryAttention", *parts, "", "", lengths, total, outputs=3, **heads)
+    net.output(net.dense(y, 32, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        graphops.inspect(net.bytes())
+    assert caught.value.refusal.code is Code.INVALID_MODEL
+    assert str(1 << 40) in caught.value.refusal.found
+
+
+def test_a_reshape_to_a_scalar_of_sizes_is_left_to_the_runtime() -> None:
+    net = Net()
+    x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)
+    net.output(net.conv(net.op("Reshape", x, net.const(np.array(8))), 8, 3))
+    with pytest.raises(secateur.Refused) as caught:
+        secateur.prune(net.bytes())
+    assert caught.value.refusal.code is Code.MODEL_DOES_NOT_RUN
+
+
 def test_a_body_that_hands_out_what_lies_outside_is_refused() -> None:
     net = Net()
     x = net.conv(net.input("x", [2, 4, 6, 6]), 4, 8)

@@ -18,6 +18,8 @@ import onnx_ir as ir
 from secateur.errors import Code, Refused, refuse
 
 _MAX_CALLS = 100  # functions inside one another
+_HEADS = ("num_heads", "q_num_heads", "kv_num_heads")
+_MOST_HEADS = (1 << 31) - 1  # native code keeps no more bits of their number
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _PAIRS = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)  # two numbers for each element
 
@@ -138,19 +140,30 @@ def _check_nodes(
                 _check_tensor(attribute.t)
             for tensor in attribute.tensors:
                 _check_tensor(tensor)
-            if node.op_type == "Einsum" and b"\0" in attribute.s:  # native code reads on for ever
-                raise refuse(
-                    Code.INVALID_MODEL,
-                    f"node {node.name or node.output[0]!r}: its equation is no text",
-                    nodes=(node.name or node.output[0],),
-                    expected="letters, dots, commas and an arrow",
-                    found=repr(attribute.s),
-                    hint=AGAIN,
-                )
+            _check_value(node, attribute)
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 own = _names(graph)
                 _check_body(node, graph, own, names)
                 _check_graph(graph, opsets, names | own)
+
+
+def _check_value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
+    """Values that native code neither refuses nor survives."""
+    expected, found = "", ""
+    if node.op_type == "Einsum" and b"\0" in attribute.s:  # it reads on for ever
+        expected, found = "letters, dots, commas and an arrow", repr(attribute.s)
+    elif attribute.name in _HEADS and attribute.i > _MOST_HEADS:  # it divides by 0
+        expected, found = f"at most {_MOST_HEADS}", str(attribute.i)
+    if expected:
+        label = node.name or next(iter(node.output), node.op_type)
+        raise refuse(
+            Code.INVALID_MODEL,
+            f"node {label!r} ({node.op_type}): its {attribute.name} is none",
+            nodes=(label,),
+            expected=expected,
+            found=found,
+            hint=AGAIN,
+        )
 
 
 def _check_body(

@@ -851,7 +851,9 @@ def _check_reshape(
 ) -> None:
     """A Reshape makes neither more elements nor fewer."""
     shape, sizes = shapes.get(step.inputs[0]), values.get(step.inputs[-1])
-    if shape is None or None in shape or sizes is None or integer(step.node, "allowzero", 0):
+    if shape is None or None in shape or sizes is None or sizes.ndim != 1:
+        return
+    if integer(step.node, "allowzero", 0):
         return
     told = [
         shape[axis] if size == 0 and axis < len(shape) else int(size)
