@@ -2,11 +2,9 @@
 
 Symbolic sizes (batch, sequence) are bound to numbers, twice, to different numbers: what is equal
 in both is fixed by the model, what differs follows its inputs. That decides by construction which
-sizes a rewrite may write down as constants, without symbolic algebra. One pass of
-`onnx.shape_inference` in C++ over the graph without its weights gives nearly everything; where it
-gives up (computed Reshape targets), a walk evaluates the shape arithmetic and asks the
-operator's own inference function node by node. Symbolic inference by other libraries took 1 to
-50 s on the same models.
+sizes a rewrite may write down as constants, without symbolic algebra. A walk evaluates the shape
+arithmetic and asks each operator's own inference function (`onnx.shape_inference`), nodes alike
+once. Symbolic inference by other libraries took 1 to 50 s on the same models.
 """
 
 from __future__ import annotations
