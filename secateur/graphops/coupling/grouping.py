@@ -131,6 +131,7 @@ class _Base:
 
 
 def _read(choices: Sequence[Choice]) -> Iterator[Labels]:
+    """All labels that these choices say something of."""
     for choice in choices:
         yield from (*choice.matrices, *choice.rows, *(vector for _, vector in choice.columns))
 

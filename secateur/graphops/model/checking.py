@@ -158,7 +158,7 @@ def _check_value(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
         label = node.name or next(iter(node.output), node.op_type)
         raise refuse(
             Code.INVALID_MODEL,
-            f"node {label!r} ({node.op_type}): its {attribute.name} is none",
+            f"attribute {attribute.name!r} of node {label!r} ({node.op_type}) is out of range",
             nodes=(label,),
             expected=expected,
             found=found,

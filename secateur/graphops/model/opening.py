@@ -121,7 +121,8 @@ def serialise_node(node: ir.Node) -> onnx.NodeProto:
     tensor = constant_tensor(node)
     if isinstance(tensor, ir.ExternalTensor):
         held = ir.AttrTensor("value", _in_memory(tensor))
-        proto.attribute[0].CopyFrom(ir.serde.serialize_attribute(held))
+        (value,) = (item for item in proto.attribute if item.name == "value")
+        value.CopyFrom(ir.serde.serialize_attribute(held))
         release(tensor)
     return proto
 

@@ -3,7 +3,8 @@
 The hidden axis of queries, keys and values is a matrix (heads, head size). With fewer key-value
 heads than query heads (grouped-query attention) each key-value head goes with the query heads it
 serves; with a single one (multi-query) query heads go alone. The head size stays, and with it the
-scale 1/√d, so a head that goes equals a head whose output nobody reads.
+scale 1/√d, so a head that goes equals a head whose output nobody reads. States of past positions
+and what is added to the scores of each head run with the heads.
 """
 
 from __future__ import annotations
