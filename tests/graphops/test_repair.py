@@ -413,3 +413,17 @@ def test_the_report_names_layers_that_no_refit_knows() -> None:
     result = secateur.prune(net.bytes(), recipe, calibration={"x": samples}, measure_latency=False)
     (text,) = (text for text in result.report.warnings if "are not repaired" in text)
     assert text.startswith("1 layers") and "einsum" in text
+
+
+def test_what_attention_adds_to_its_scores_is_no_layer() -> None:
+    net = Net(23)
+    x = net.input("x", ["N", 5, 8])
+    q, k, v = (net.dense(x, 8, 32) for _ in range(3))
+    y = net.op("Attention", q, k, v, net.floats(1, 4, 5, 5), q_num_heads=4, kv_num_heads=4)
+    net.output(net.dense(y, 32, 3))
+    samples = np.random.default_rng(0).standard_normal((64, 5, 8)).astype(np.float32)
+    recipe = secateur.Recipe(target={"channels": 0.5})
+    result = secateur.prune(net.bytes(), recipe, calibration={"x": samples}, measure_latency=False)
+    assert [group.kind for group in result.report.groups] == ["head"]
+    assert result.report.repair
+    assert result.report.warnings == ()

@@ -155,7 +155,9 @@ def left(model: ir.Model, shapes: Shapes | None) -> tuple[str, ...]:
         if rule is None or rule.macs is None or node in fitted:
             continue
         integers = rule.family == "quantised" or any(map(_dequantised, node.inputs))
-        if integers or (shapes is not None and any(map(_is_matrix, node.inputs))):
+        # what attention adds to its scores is no weight
+        operands = node.inputs[:3] if rule.family == "attention" else node.inputs
+        if integers or (shapes is not None and any(map(_is_matrix, operands))):
             found.append(node_label(node))
     return tuple(found)
 
